@@ -1,0 +1,33 @@
+# make demo | make test | make test-all | make check
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo setup test test-all lint check
+demo: setup
+	$(BIN)/python configs/demo/run.py
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+check: setup
+	$(BIN)/megaray check
+
+setup: $(STAMP)
+
+# The CPU build of torch comes first, alone: other packages would pull in the CUDA build. Where pip's configured sources
+# lack it, PyTorch's own CPU index has it. Then the locked closure, without resolving.
+$(STAMP): requirements-cpu.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python -m pip install -q --no-deps "torch==2.13.0+cpu" || \
+		$(BIN)/python -m pip install -q --no-deps "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements-cpu.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	touch $@

@@ -1,0 +1,253 @@
+"""Conversations to token ids and loss masks, through ms-swift's templates or the tokenizer's own chat template.
+
+`template_backend swift`: ms-swift's template of the model renders prompts and rows. `jinja`: the tokenizer's chat
+template does; ms-swift would then train on every token of a row, so the loss mask is built here: the assistant's
+answers, each with its end token. Text only.
+
+Letters: L tokens of one conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+PASSED_ON = (
+    "messages",
+    "tools",
+    "chat_template_kwargs",
+)  # what a template reads of a row; reward columns must not reach it
+MEDIA = ("images", "videos", "audios")
+UNLIMITED = 1 << 40  # the template never truncates: `Encoder` does, and counts
+
+
+class Encoder:
+    """Encodes dataset rows: prompts without their answer (`prompts_only`), or whole rows with a loss mask."""
+
+    def __init__(self, config: Any, *, prompts_only: bool):
+        from swift.template import get_template
+
+        processor = _load_processor(config)
+        self.prompts_only = prompts_only
+        self.limit = config.max_length or processor.model_info.max_model_len
+        if config.packing and config.packing_length and not prompts_only:
+            self.limit = min(self.limit, config.packing_length)
+        self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
+        self.template = get_template(
+            processor,
+            config.system,
+            UNLIMITED,
+            template_type=config.template or _own_template(processor, config.template_backend),
+            loss_scale=config.loss_scale or "default",
+            template_backend=config.template_backend,
+        )
+        self.template.set_mode("vllm" if prompts_only else "train")
+        self.tokenizer = self.template.tokenizer
+        unknown_model = self.template.template_meta.template_type == "dummy"
+        self.jinja = config.template_backend == "jinja" or unknown_model
+        if self.jinja and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {config.model} has no chat template: give --template chatml or another of ms-swift's "
+                "(and --template_backend swift)"
+            )
+
+    def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        """Token ids [L] int32, loss mask [L] float32 (all 0 for a prompt), whether it was cut. None: too long, dropped.
+
+        Raises:
+            ValueError: it cannot be encoded, or is too long under `truncation_strategy raise`.
+        """
+        if any(row.get(key) for key in MEDIA):
+            raise ValueError("images, videos and audio are not supported: text rows only")
+        conversation = {key: row[key] for key in PASSED_ON if row.get(key)}
+        if self.prompts_only:
+            conversation["messages"] = without_answer(row["messages"])
+            ids = np.array(self.template.encode(conversation)["input_ids"], np.int32)
+            mask = np.zeros(len(ids), np.float32)
+        elif self.jinja:
+            ids, mask = self._encode_with_chat_template(conversation)
+        else:
+            ids, mask = self._encode_with_template(conversation)
+        return self._fit(ids, mask)
+
+    def warnings(self, row: dict[str, Any]) -> Iterator[str]:
+        """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
+        if self.jinja or not self.prompts_only or not self.tokenizer.chat_template:
+            return
+        encoded = self.encode(row)
+        if encoded is None or encoded[2]:
+            return
+        text = self._render(self._with_system(without_answer(row["messages"])), row, add_generation_prompt=True)
+        own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if encoded[0].tolist() != own:
+            yield (
+                f"ms-swift's template {self.template.template_meta.template_type} ends a prompt with "
+                f"{self.tokenizer.decode(encoded[0].tolist())[-80:]!r}, the tokenizer's own chat template with "
+                f"{self.tokenizer.decode(own)[-80:]!r}: --template_backend jinja takes the tokenizer's"
+            )
+
+    def _fit(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool] | None:
+        long = len(ids) > self.limit
+        if long and self.strategy == "delete":
+            return None
+        if long and self.strategy == "raise":
+            raise ValueError(
+                f"{len(ids)} tokens are more than max_length {self.limit}: raise it, or set truncation_strategy to "
+                "left or delete"
+            )
+        part = slice(len(ids) - self.limit, None) if self.strategy == "left" else slice(None, self.limit)
+        if long:
+            ids, mask = ids[part], mask[part]
+        if len(mask):
+            mask[0] = 0  # nothing comes before the first token that could predict it
+        return ids, mask, long
+
+    def _encode_with_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.template.encode(conversation)
+        labels = np.array(encoded["labels"])
+        mask = (labels != -100).astype(np.float32)
+        if encoded.get("loss_scale") is not None:
+            mask *= np.array(encoded["loss_scale"], np.float32)
+        return np.array(encoded["input_ids"], np.int32), mask
+
+    def _encode_with_chat_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = [], []
+        for text, weight in self._weighted_text(conversation):
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            mask += [weight] * len(tokens)
+        return np.array(ids, np.int32), np.array(mask, np.float32)
+
+    def _weighted_text(self, conversation: dict[str, Any]) -> list[tuple[str, float]]:
+        """The rendered conversation in pieces, each with the loss weight of its tokens; neighbours differ in weight.
+
+        A piece is tokenized by itself, as prompt and response are when the model answers.
+        """
+        messages = self._with_system(conversation["messages"])
+        text = self._render(messages, conversation)
+        loss_scale, end = self.template.loss_scale, self.tokenizer.eos_token
+        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        pieces: list[tuple[str, float]] = []
+        untrained = 1.0 if loss_scale.base_strategy == "all" else 0.0
+        position = 0
+        for i, message in enumerate(messages):
+            if message["role"] == "tool_call":
+                raise ValueError("rows with tool_call messages need template_backend swift for training")
+            if message["role"] != "assistant" or not _is_trained(message, loss_scale, after_last_user=i > last_user):
+                continue
+            before = self._render(messages[:i], conversation, add_generation_prompt=True)
+            after = text if i == len(messages) - 1 else self._render(messages[: i + 1], conversation)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the chat template renders message {i + 1} differently once others follow it, so what to train on "
+                    "is not known: set loss_scale to last_round, or template_backend to swift"
+                )
+            answer = after[len(before) :]
+            trained = answer[: answer.rfind(end) + len(end)] if end and end in answer else answer
+            pieces.append((text[position : len(before)], untrained))
+            pieces += _answer_pieces(trained, message, messages[i - 1] if i else None, loss_scale)
+            position = len(before) + len(trained)
+        pieces.append((text[position:], untrained))
+        return _merged(pieces)
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        system = self.template.template_meta.default_system
+        if system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def _render(
+        self, messages: list[dict[str, Any]], row: dict[str, Any], *, add_generation_prompt: bool = False
+    ) -> str:
+        options = {}
+        if self.template.template_meta.is_thinking or self.template.enable_thinking:
+            options["enable_thinking"] = self.template.enable_thinking
+        if row.get("tools"):
+            options["tools"] = row["tools"]
+        options |= row.get("chat_template_kwargs") or {}
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+
+
+def without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation up to its last message that is not the assistant's."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    if not any(message["role"] == "user" for message in messages[:end]):
+        raise ValueError("no user message is left once the trailing answer is removed")
+    return messages[:end]
+
+
+def _is_trained(message: dict[str, Any], loss_scale: Any, *, after_last_user: bool) -> bool:
+    """ms-swift's rule: the message's own `loss`, else the base strategy."""
+    if message.get("loss") is not None:
+        return bool(message["loss"])
+    return loss_scale.base_strategy != "last_round" or after_last_user
+
+
+def _answer_pieces(
+    text: str, message: dict[str, Any], query: dict[str, Any] | None, loss_scale: Any
+) -> list[tuple[str, float]]:
+    if message.get("loss_scale") is not None:
+        return [(text, float(message["loss_scale"]))]
+    texts, weights = loss_scale.get_loss_scale(text, query=query["content"] if query else "")
+    return list(zip(texts, weights, strict=True))
+
+
+def _merged(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    merged: list[tuple[str, float]] = []
+    for text, weight in pieces:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + text, weight)
+        elif text:
+            merged.append((text, weight))
+    return merged
+
+
+def _load_processor(config: Any) -> Any:
+    """The tokenizer with what ms-swift knows of the model.
+
+    A local folder may fit several of ms-swift's types (Qwen3ForCausalLM: qwen3, qwen3_emb, qwen3_reranker): the one
+    named as config.json's `model_type` is taken.
+    """
+    from swift.model import get_matched_model_meta, get_processor
+
+    model_type = config.model_type
+    described = os.path.join(config.model, "config.json")
+    named_by_folder = get_matched_model_meta(config.model) or os.path.exists(os.path.join(config.model, "args.json"))
+    if model_type is None and os.path.exists(described) and not named_by_folder:
+        from swift.model.model_meta import get_matched_model_types
+
+        with open(described) as file:
+            model = json.load(file)
+        fitting = get_matched_model_types(model.get("architectures"))
+        if len(fitting) > 1:
+            if model.get("model_type") not in fitting:
+                raise ValueError(
+                    f"{config.model} may be one of ms-swift's model types {', '.join(fitting)}: say which, with "
+                    "--model_type"
+                )
+            model_type = model["model_type"]
+    return get_processor(config.model, model_type=model_type, use_hf=config.use_hf, download_model=False)
+
+
+def _own_template(processor: Any, backend: str) -> str | None:
+    """The template named as the model type, where ms-swift cannot choose among several; jinja needs none."""
+    meta = processor.model_meta
+    several = meta.candidate_templates
+    if meta.template is not None or len(several) < 2:
+        return None
+    if meta.model_type in several:
+        return meta.model_type
+    if backend == "jinja":
+        return "dummy"
+    raise ValueError(
+        f"ms-swift has several templates for {meta.model_type}: give --template, one of {', '.join(several)}; "
+        "or --template_backend jinja for the tokenizer's own"
+    )

@@ -1,0 +1,138 @@
+"""ActorGroup: the actors of one role. Two verbs, `broadcast` and `scatter`; nothing else dispatches.
+
+No call waits forever: when its deadline passes, or a rank dies, the error names the role, the rank, the call and what every
+rank last reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from rlhf.records import RankInfo, Shard
+
+
+class RankFailure(RuntimeError):
+    """A rank died, or did not answer before its deadline."""
+
+
+class ActorGroup:
+    """Actors of one role, each with a `report()` method in a concurrency group of its own (what it is doing now)."""
+
+    def __init__(self, role: str, actors: Sequence[Any], *, timeout: float):
+        self.role = role
+        self.actors = list(actors)
+        self.timeout = timeout
+        self.seconds: dict[str, float] = defaultdict(float)  # spent waiting, by method, until taken
+        self._pings: dict[ray.ObjectRef, int] = {}
+
+    def broadcast(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
+        """Call `method(*args)` on every rank; the ranks' results in order."""
+        return ray.get(self.broadcast_refs(method, *args, timeout=timeout))
+
+    def scatter(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[Any]:
+        """Call `method(shards[i], *args)` on rank i; the ranks' results in order."""
+        return ray.get(self.scatter_refs(method, shards, *args, timeout=timeout))
+
+    def broadcast_refs(self, method: str, *args: Any, timeout: float | None = None) -> list[ray.ObjectRef]:
+        """As `broadcast`, but the finished results stay in the object store."""
+        return self._wait(method, [getattr(actor, method).remote(*args) for actor in self.actors], timeout)
+
+    def scatter_refs(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[ray.ObjectRef]:
+        """As `scatter`, but the finished results stay in the object store."""
+        assert len(shards) == len(self.actors), (self.role, method, len(shards), len(self.actors))
+        refs = [getattr(actor, method).remote(shard, *args) for actor, shard in zip(self.actors, shards)]
+        return self._wait(method, refs, timeout)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each method since the last call of this."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
+
+    def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> list[ray.ObjectRef]:
+        timeout = timeout or self.timeout
+        start, waiting = time.monotonic(), list(refs)
+        while waiting:  # one by one: the first failure is raised while the other ranks may hang in a collective
+            left = start + timeout - time.monotonic()
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(left, 0), fetch_local=False)
+            if not done:
+                ranks = [refs.index(ref) for ref in waiting]
+                raise RankFailure(
+                    f"{self.role} ranks {ranks} did not finish `{method}` within {timeout:.0f} s (raise call_timeout if that is "
+                    f"too short for your model). Last reports:\n{self.reports()}"
+                )
+            for ref in done:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise RankFailure(
+                        f"{self.role} rank {refs.index(ref)} died during `{method}`: {_first_line(error)}\n"
+                        f"Last reports:\n{self.reports()}"
+                    ) from error
+        self.seconds[method] += time.monotonic() - start
+        return refs
+
+    def raise_if_dead(self) -> None:
+        """Raise RankFailure when a rank has died. Costs no waiting: each call looks at the answers to an earlier one's questions."""
+        if not self._pings:
+            self._pings = {actor.report.remote(): rank for rank, actor in enumerate(self.actors)}
+        done, _ = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0)
+        for ref in done:
+            rank = self._pings.pop(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayActorError as error:
+                raise RankFailure(f"{self.role} rank {rank} died: {_first_line(error)}") from error
+
+    def reports(self, timeout: float = 5.0) -> str:
+        """One line a rank: what it is doing now, or that it does not answer."""
+        refs = []
+        for actor in self.actors:
+            try:
+                refs.append(actor.report.remote())
+            except Exception as error:  # a dead actor may refuse the call at once
+                refs.append(error)
+        alive = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]
+        done = set(ray.wait(alive, num_returns=len(alive), timeout=timeout)[0]) if alive else set()
+        lines = []
+        for rank, ref in enumerate(refs):
+            try:
+                text = ray.get(ref) if ref in done else "no answer"
+            except Exception as error:
+                text = f"dead ({_first_line(error)})"
+            lines.append(f"  {self.role} rank {rank}: {text}")
+        return "\n".join(lines)
+
+
+class RankGroup(ActorGroup):
+    """Megatron ranks. Batches are given by data rank: the ranks that share a data rank work on the same shard."""
+
+    infos: list[RankInfo]
+
+    def setup(self) -> None:
+        """Form the process group and load the model on every rank."""
+        master = ray.get(self.actors[0].node_address.remote(), timeout=self.timeout)
+        self.infos = self.broadcast("setup", master)
+
+    @property
+    def data_size(self) -> int:
+        """Number of data ranks."""
+        return self.infos[0].data_size
+
+    def on_shards(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
+        """Call `method(shards[data rank], *args)` on every rank; the results of the ranks that return logprobs and metrics."""
+        return ray.get(self.on_shards_refs(method, shards, *args))
+
+    def on_shards_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
+        """As `on_shards`, but the finished results stay in the object store."""
+        stored = [ray.put(shard) for shard in shards]
+        refs = self.scatter_refs(method, [stored[info.data_rank] for info in self.infos], *args)
+        return [ref for ref, info in zip(refs, self.infos) if info.returns_logprobs]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

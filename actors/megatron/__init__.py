@@ -1,0 +1,1 @@
+"""What a Megatron rank is made of: process groups, model, batches, schedules, optimizer, LoRA and checkpoints."""

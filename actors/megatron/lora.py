@@ -1,0 +1,90 @@
+"""Low-rank adapters: mcore-bridge's parallel LoRA layers, put in place and switched by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.megatron.model import Model
+
+
+LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Megatron's names
+
+
+def add_adapter(model: Model, config: Any) -> None:
+    """Freeze the model and put an adapter on `config.target_modules` (Megatron's names, or all-linear).
+
+    The adapter starts as no change. Raises ValueError when no layer has such a name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(config.target_modules)
+    if targets == ["all-linear"]:
+        targets = LINEAR_LAYERS
+    unknown = sorted(set(targets) - set(LINEAR_LAYERS))
+    if unknown:
+        raise ValueError(f"target_modules {unknown}: choose from {', '.join(LINEAR_LAYERS)}, or all-linear")
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(model.folder),
+    )
+    model.module = get_peft_model(model.module, settings)
+    model.has_adapter = True
+
+
+@contextmanager
+def adapter_disabled(model: Model) -> Iterator[None]:
+    """The model as it was before training, for the length of a block."""
+    with model.module.disable_adapter():
+        yield
+
+
+@contextmanager
+def adapter_merged(model: Model) -> Iterator[None]:
+    """The adapter added into the weights for the length of a block; afterwards the weights have their old bits again.
+
+    Subtracting the adapter would not give the old bits back, and a run would drift with each push: a copy is kept meanwhile,
+    in host memory.
+    """
+    if not model.has_adapter:
+        yield
+        return
+    weights = [parameter for name, parameter in model.module.named_parameters() if ".base_layer." in name]
+    kept = [weight.detach().to("cpu", copy=True) for weight in weights]
+    model.module.merge_adapter()
+    try:
+        yield
+    finally:
+        model.module.unmerge_adapter()
+        for weight, old in zip(weights, kept):
+            weight.data.copy_(old)
+
+
+def save_adapter(model: Model, folder: Path, rank: int) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them for the Hugging Face model; collective."""
+    bridge = model.config.bridge
+    bridge.save_weights([model.module], str(folder), peft_format=True)
+    if rank:
+        return
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
+    settings = model.module.peft_config["default"]
+    megatron_targets = settings.target_modules
+    settings.target_modules = targets
+    try:
+        settings.save_pretrained(str(folder))
+    finally:
+        settings.target_modules = megatron_targets
+
+
+def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder."""
+    return {name: value for name, value in state.items() if ".lora_" in name}

@@ -1,0 +1,227 @@
+"""The model of a rank: built and filled through mcore-bridge from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.megatron.parallel import ParallelSizes
+from actors.megatron.platform import Platform
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class Model:
+    """One pipeline stage's tensor-parallel share of a model."""
+
+    module: torch.nn.Module  # mcore-bridge's GPTModel, or the PEFT model around it
+    config: Any  # mcore_bridge.ModelConfig
+    folder: Path  # the Hugging Face folder it came from
+    sizes: ParallelSizes
+    has_adapter: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.config.params_dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding in the Hugging Face folder; tensor parallelism may pad it."""
+        return self.config.actual_vocab_size
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and tensors, a collective of all ranks; a tensor may alias a live parameter."""
+        yield from self.config.bridge.export_weights([self.module])
+
+    def num_parameters(self) -> int:
+        """Of the whole model, over all ranks that share it."""
+        import torch
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+        count = sum(
+            parameter.numel()
+            for parameter in self.module.parameters()
+            if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
+        )
+        total = torch.tensor([count], device=torch.cuda.current_device())
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        return int(total.item())
+
+
+def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any]) -> Model:
+    """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.
+
+    Raises ValueError when the model does not divide into `sizes`.
+    """
+    import torch
+    from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+    from transformers import AutoConfig
+
+    hugging_face = AutoConfig.from_pretrained(folder)
+    dtype = getattr(torch, config.torch_dtype) if config.torch_dtype else _stored_dtype(hugging_face)
+    settings = hf_to_mcore_config(hugging_face)
+    _check_divides(settings, sizes)
+    settings |= _training_settings(config, sizes, dtype) | platform.model_settings | options
+    with _rope_functions_restored():
+        model_config = ModelConfig(**settings)
+        (module,) = get_mcore_model(model_config)
+    _mark_vocabulary_weights(module)
+    model_config.bridge.load_weights([module], folder)
+    return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes)
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The `megatron:` section as fields of the model, the optimizer and the data-parallel config, passed through.
+
+    Raises ValueError for a name that none of them has, and for one that an option of ours sets.
+    """
+    from mcore_bridge import ModelConfig
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    parts: tuple[dict[str, Any], ...] = ({}, {}, {})
+    known = [
+        {field.name for field in fields(kind)} for kind in (ModelConfig, OptimizerConfig, DistributedDataParallelConfig)
+    ]
+    for name, value in options.items():
+        owners = [part for part, names in zip(parts, known) if name in names]
+        if name in OWNED:
+            raise ValueError(f"megatron.{name} is set by the run itself: use the option of its own")
+        if not owners:
+            near = difflib.get_close_matches(name, set().union(*known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"megatron.{name} is no field of Megatron's model, optimizer or data-parallel config{hint}"
+            )
+        for part in owners:
+            part[name] = value
+    return parts
+
+
+# What other options, or the way a micro batch is packed and its loss scaled, decide.
+OWNED = frozenset(
+    (
+        "params_dtype",
+        "pipeline_dtype",
+        "bf16",
+        "fp16",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "sequence_parallel",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "recompute_granularity",
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+        "attention_backend",
+        "deterministic_mode",
+        "cross_entropy_loss_fusion",
+        "calculate_per_token_loss",
+        "variable_seq_lengths",
+        "finalize_model_grads_func",
+        "grad_scale_func",
+        "overlap_param_gather",
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "clip_grad",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "use_distributed_optimizer",
+        "num_layers",
+        "hidden_size",
+        "padded_vocab_size",
+        "num_attention_heads",
+        "task_type",
+        "hf_config",
+        "mtp_num_layers",
+    )
+)
+
+
+def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype) -> dict[str, Any]:
+    import torch
+    from megatron.core.transformer.enums import AttnBackend
+
+    if config.attention_backend == "local":
+        raise ValueError("attention_backend local: mcore-bridge builds models with Transformer Engine's attention only")
+    if config.deterministic:
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    granularity = None if config.recompute_granularity == "none" else config.recompute_granularity
+    settings: dict[str, Any] = {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
+        "sequence_parallel": sizes.sequence,
+        "expert_tensor_parallel_size": 1,
+        "attention_backend": AttnBackend[config.attention_backend],
+        "deterministic_mode": config.deterministic,
+        "cross_entropy_loss_fusion": config.cross_entropy_loss_fusion,
+        "calculate_per_token_loss": True,  # losses come divided: Megatron shall only add (see forward_backward.py)
+        "mtp_num_layers": None,
+        "recompute_granularity": granularity,
+    }
+    if granularity == "full":
+        settings |= {"recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers}
+    if granularity == "selective":
+        settings |= {"recompute_modules": list(config.recompute_modules)}
+    return settings
+
+
+def _stored_dtype(hugging_face: Any) -> torch.dtype:
+    import torch
+
+    dtype = getattr(hugging_face, "dtype", None) or torch.float32
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def _check_divides(settings: dict[str, Any], sizes: ParallelSizes) -> None:
+    for name in ("num_attention_heads", "num_query_groups"):
+        if settings.get(name) and settings[name] % sizes.tensor:
+            raise ValueError(
+                f"tensor_model_parallel_size {sizes.tensor} does not divide the model's {name} {settings[name]}"
+            )
+    if settings["num_layers"] % sizes.pipeline:
+        raise ValueError(
+            f"pipeline_model_parallel_size {sizes.pipeline} does not divide the model's {settings['num_layers']} layers"
+        )
+
+
+def _mark_vocabulary_weights(module: torch.nn.Module) -> None:
+    """Without the mark a gradient norm under tensor parallelism counts only rank 0's part of these two weights."""
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+    for name in ("embedding.word_embeddings", "output_layer"):
+        try:
+            weight = module.get_submodule(name).weight
+        except AttributeError:  # another pipeline stage has it
+            continue
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
+
+
+@contextmanager
+def _rope_functions_restored() -> Iterator[None]:
+    """mcore-bridge writes into a table of transformers', which breaks Hugging Face models made later in this process."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    functions = dict(ROPE_INIT_FUNCTIONS)
+    try:
+        yield
+    finally:
+        ROPE_INIT_FUNCTIONS.clear()
+        ROPE_INIT_FUNCTIONS.update(functions)

@@ -1,0 +1,110 @@
+"""Megatron's DDP, Adam and learning-rate schedule around a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.megatron.forward_backward import sum_gradients
+from actors.megatron.model import Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class Training:
+    """The wrapped module and what updates it."""
+
+    module: torch.nn.Module  # Megatron's DistributedDataParallel
+    optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
+    scheduler: Any = None  # megatron.core.optimizer_param_scheduler.OptimizerParamScheduler
+    has_state: bool = False  # the optimizer has moments: after the first update, or a load
+
+    def zero_gradients(self) -> None:
+        self.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def update(self) -> tuple[float, float]:
+        """One step of the optimizer and the schedule; the gradient norm before clipping and the learning rate used."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        self.has_state = True
+        return float(grad_norm), float(lr)
+
+
+def learning_rate(config: Any) -> float:
+    """The given one, or 1e-5 for all weights and 1e-4 for adapters."""
+    if config.lr is not None:
+        return config.lr
+    return 1e-4 if config.tuner_type == "lora" else 1e-5
+
+
+def prepare_training(
+    model: Model, config: Any, optimizer_options: dict[str, Any], ddp_options: dict[str, Any]
+) -> Training:
+    """Wrap the model's module and make its optimizer. The two option dicts are further fields of Megatron's configs."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron.core.transformer.module import Float16Module
+
+    lower = model.dtype == torch.bfloat16
+    inner = Float16Module(model.config, model.module) if lower else model.module
+    shared = {"use_distributed_optimizer": config.use_distributed_optimizer}
+    ddp_config = DistributedDataParallelConfig(**(shared | {"grad_reduce_in_fp32": True} | ddp_options))
+    module = DistributedDataParallel(model.config, ddp_config, inner)
+    settings = shared | {
+        "optimizer": "adam",
+        "lr": learning_rate(config),
+        "min_lr": config.min_lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_eps": config.adam_eps,
+        "clip_grad": config.clip_grad,
+        "bf16": lower,
+        "params_dtype": model.dtype,
+    }
+    optimizer = get_megatron_optimizer(OptimizerConfig(**(settings | optimizer_options)), [module])
+    if not isinstance(optimizer, ChainedOptimizer):  # alone it does not measure the gradient norm when clip_grad is 0
+        optimizer = ChainedOptimizer([optimizer])
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = sum_gradients
+    if ddp_config.overlap_grad_reduce:
+        model.config.no_sync_func = module.no_sync
+    return Training(module=module, optimizer=optimizer)
+
+
+def make_scheduler(optimizer: Any, config: Any, total_steps: int) -> Any:
+    """Megatron's schedule over `total_steps` optimizer steps: linear warm-up, then `lr_decay_style` down to `min_lr`.
+
+    As in Megatron the first step of a warm-up has learning rate 0. Raises ValueError when the warm-up is not shorter.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    warmup = config.lr_warmup_iters
+    if config.lr_warmup_fraction is not None:
+        warmup = config.lr_warmup_fraction * total_steps
+    lr = learning_rate(config)
+    if warmup >= total_steps:
+        raise ValueError(f"the warm-up of {warmup:g} steps is not shorter than the run of {total_steps} steps")
+    if config.min_lr > lr:
+        raise ValueError(f"min_lr {config.min_lr:g} is above lr {lr:g}")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=total_steps,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

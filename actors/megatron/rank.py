@@ -1,0 +1,127 @@
+"""What training and scoring ranks share: meeting the others, the model, logprobs, and a report of what goes on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.progress import Progress
+from rlhf.records import RankInfo, Shard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from actors.megatron.micro_batch import PackedMicroBatch
+    from actors.megatron.model import Model
+
+
+class MegatronRank:
+    """One process of a group that holds a model together."""
+
+    model: Model
+    module: torch.nn.Module  # what is called: Megatron's DDP around the model, or the model itself
+
+    def __init__(self, config: Any, *, rank: int, world_size: int):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.progress = Progress()
+
+    def node_address(self) -> str:
+        """This node's ip and a free port, for the other ranks to meet at."""
+        ip = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((ip, 0))
+            return f"{ip}:{probe.getsockname()[1]}"
+
+    @ray.method(concurrency_group="report")
+    def report(self) -> str:
+        """What this rank is doing now, and for how long."""
+        return self.progress.report()
+
+    def logprobs(self, shard: Shard, reference: bool = False) -> dict[int, np.ndarray] | None:
+        """Per sequence key [L] float32: the logprob of each token given those before it, at the run's temperature; the first is 0.
+
+        None on ranks that do not return results. `reference` switches the adapter off.
+        """
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.lora import adapter_disabled
+        from actors.megatron.micro_batch import fetch_sources, pack_micro_batches, split_logprobs
+        from actors.megatron.parallel import returns_results
+
+        with self.progress.doing("logprobs"):
+            assert not reference or self.model.has_adapter, "only a model with an adapter can be its own reference"
+            batches = pack_micro_batches(
+                shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple
+            )
+            with adapter_disabled(self.model) if reference else nullcontext():
+                packed = run_micro_batches(self.module, batches, self._score, backward=False)
+            if not returns_results():
+                return None
+            result: dict[int, np.ndarray] = {}
+            for batch, values in zip(batches, packed):
+                result |= split_logprobs(batch, values.cpu().numpy())
+            return result
+
+    @property
+    def multiple(self) -> int:
+        """Micro batches have a multiple of this many tokens."""
+        return self.model.sizes.token_multiple
+
+    def _start(self, master: str, *, model: str, tensor: int, pipeline: int, options: dict[str, Any]) -> None:
+        """Join the group and build this rank's part of the model in the folder `model`."""
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        from actors.megatron.parallel import ParallelSizes, start_process_group
+        from actors.megatron.platform import start_platform
+
+        config = self.config
+        self.platform = start_platform()
+        sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, sequence=config.sequence_parallel and tensor > 1)
+        start_process_group(
+            self.platform,
+            sizes,
+            rank=self.rank,
+            world_size=self.world_size,
+            master=master,
+            seed=config.seed,
+            timeout=config.call_timeout,
+        )
+        from actors.megatron.model import build_model, split_options
+
+        model_options, self.optimizer_options, self.ddp_options = split_options(options)
+        self.model = build_model(config, model, sizes, self.platform, model_options)
+        self.module = self.model.module
+
+    def _info(self) -> RankInfo:
+        from megatron.core import parallel_state
+
+        from actors.megatron.parallel import returns_results
+
+        return RankInfo(
+            rank=self.rank,
+            node_ip=ray.util.get_node_ip_address(),
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            returns_logprobs=returns_results(),
+            num_parameters=self.model.num_parameters(),
+        )
+
+    def _next_token_logprobs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
+        """[1, T, V / tensor ranks] -> [T] float32."""
+        from actors.megatron.logprobs import next_token_logprobs
+
+        return next_token_logprobs(
+            logits,
+            micro_batch.batch.labels,
+            temperature=1.0 if self.config.task == "sft" else self.config.temperature,
+            vocab_size=self.model.vocab_size,
+            fused=self.config.cross_entropy_loss_fusion,
+        )
+
+    def _score(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The schedule wants a loss, which nothing uses, and the logprobs [T]."""
+        logprobs = self._next_token_logprobs(logits, micro_batch)
+        return logprobs.sum(), logprobs

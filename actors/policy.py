@@ -1,0 +1,139 @@
+"""A Megatron rank that trains: one actor for each, the group of them holds the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.megatron.rank import MegatronRank
+from rlhf.records import MicroBatch, PushReport, RankInfo, Shard
+
+if TYPE_CHECKING:
+    import torch
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+    from actors.megatron.micro_batch import PackedMicroBatch
+    from actors.megatron.optimizer import Training
+
+    # From the logprobs [T] of a micro batch: its share of the loss of the global batch, and its share of metrics.
+    Loss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Policy(MegatronRank):
+    """The model that is trained. Methods are collectives: the controller calls them on every rank."""
+
+    training: Training
+
+    def setup(self, master: str) -> RankInfo:
+        """Join the group at `master`, build the model, its adapter if asked, and the optimizer."""
+        config = self.config
+        with self.progress.doing("setup"):
+            self._start(
+                master,
+                model=config.model,
+                tensor=config.tensor_model_parallel_size,
+                pipeline=config.pipeline_model_parallel_size,
+                options=config.megatron,
+            )
+            from actors.megatron.lora import add_adapter
+            from actors.megatron.optimizer import prepare_training
+
+            if config.tuner_type == "lora":
+                add_adapter(self.model, config)
+            self.training = prepare_training(self.model, config, self.optimizer_options, self.ddp_options)
+            self.module = self.training.module
+            self.step = 0
+            if config.train_iters is not None and config.num_train_epochs is None:
+                self.schedule(config.train_iters)
+            return self._info()
+
+    def schedule(self, total_steps: int) -> None:
+        """Start the learning-rate schedule of a run of so many optimizer steps; needed when the dataset decides their number."""
+        from actors.megatron.optimizer import make_scheduler
+
+        self.training.scheduler = make_scheduler(self.training.optimizer, self.config, total_steps)
+
+    def train_step(
+        self, shard: Shard, loss: Loss, old: list[ObjectRef] | None = None, ref: list[ObjectRef] | None = None
+    ) -> dict[str, float] | None:
+        """One optimizer step on the shards of all data ranks; `old` and `ref` are results of `logprobs`.
+
+        Metrics are the same on every rank that returns some: those of `loss` (sums over micro batches and data ranks; names
+        that start with max_ are maxima), loss, grad_norm, lr, and where there are rollout logprobs their mean and maximal
+        difference from the policy's. Raises FloatingPointError when the loss or the gradient norm is not finite.
+        """
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.metrics import reduce_metrics, rollout_difference
+        from actors.megatron.micro_batch import fetch_logprobs, fetch_sources, pack_micro_batches
+        from actors.megatron.parallel import returns_results
+
+        def output_loss(
+            logits: torch.Tensor, micro_batch: PackedMicroBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs = self._next_token_logprobs(logits, micro_batch)
+            value, metrics = loss(logprobs, micro_batch.batch)
+            return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)
+
+        assert self.training.scheduler is not None, "schedule(total_steps) was not called"
+        with self.progress.doing(f"train_step {self.step + 1}"):
+            batches = pack_micro_batches(
+                shard,
+                fetch_sources(shard),
+                device=self.platform.device,
+                multiple=self.multiple,
+                old=fetch_logprobs(old),
+                ref=fetch_logprobs(ref),
+            )
+            self.training.zero_gradients()
+            by_micro_batch = run_micro_batches(self.module, batches, output_loss, backward=True)
+            grad_norm, lr = self.training.update()
+            self.step += 1
+            metrics = reduce_metrics(by_micro_batch) if by_micro_batch else {}
+            metrics |= {"grad_norm": grad_norm, "lr": lr}
+            broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+            if broken:
+                values = ", ".join(f"{name} {metrics[name]}" for name in broken)
+                raise FloatingPointError(f"optimizer step {self.step}, policy rank {self.rank}: {values}")
+            return metrics if returns_results() else None
+
+    def push_weights(self, engines: list[ActorHandle], version: int) -> PushReport | None:
+        """Send all weights, the adapter merged in, to the rollout engines as `version`; rank 0 reports."""
+        from actors.megatron.lora import adapter_merged
+        from actors.weights.push import push_weights
+
+        with self.progress.doing(f"push_weights {version}"), adapter_merged(self.model):
+            tensors = self.model.export_weights()
+            if self.rank == 0:
+                return push_weights(tensors, engines, version, timeout=self.config.push_timeout)
+            for _ in tensors:
+                pass
+            return None
+
+    def save(self, folder: str, step: int) -> None:
+        """Write the model for transformers and vLLM into `folder`, and all that training needs to go on into `folder`/mcore."""
+        from actors.megatron.checkpoint import save_for_inference, save_state
+
+        config, target = self.config, Path(folder)
+        with self.progress.doing(f"save {step}"):
+            if config.save_safetensors:
+                merge = config.save_safetensors if config.merge_lora is None else config.merge_lora
+                save_for_inference(self.model, target, rank=self.rank, merge=merge)
+            save_state(
+                self.model,
+                self.training,
+                target,
+                step=step,
+                optimizer=not config.no_save_optim,
+                rng=not config.no_save_rng,
+            )
+
+    def load(self, folder: str) -> int:
+        """Restore what `save` wrote, under this or another layout of ranks; returns the step it was written at."""
+        from actors.megatron.checkpoint import load_state
+
+        with self.progress.doing("load"):
+            self.step = load_state(self.model, self.training, Path(folder))
+            return self.step

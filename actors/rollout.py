@@ -1,0 +1,238 @@
+"""A rollout engine: vLLM in a Ray actor, stepped by one thread.
+
+The engine lives in the actor's own process. One thread builds it, steps it and does everything else to it between two
+steps; the actor's event loop only takes calls, waits, and turns finished requests into arrays and texts.
+
+An engine answers for one version of the weights: the last complete push. From the beginning of a push to its verified end
+it refuses to generate.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from actors.progress import Progress
+from actors.step_thread import StepThread
+from actors.weights.checkpoint_names import checkpoint_dtype, checkpoint_tensors
+from actors.weights.ledger import PushError, PushLedger
+from actors.weights.transport import ObjectStore
+from rlhf.records import Bucket, GroupTokens
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory and logging wins
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_PLUGINS": "",  # ms-swift installs one that a bare engine cannot import
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB; unset, vLLM takes a share of the node
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine of a node to the same cores
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",  # the model is a local folder
+}
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completion_length", "stop_words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """What the controller reads of a group; the tokens stay in the object store."""
+
+    texts: tuple[str, ...]  # n, without special tokens
+    finish_reasons: tuple[str, ...]  # n: "stop" or "length"
+    response_lengths: tuple[int, ...]  # n, tokens, with the one that ended the response
+
+
+class RolloutEngine:
+    """An async Ray actor around one vLLM engine."""
+
+    def __init__(self, config: Any, *, index: int, load_weights: bool = False):
+        """`load_weights`: answer for version 0 with the weights of the model folder; otherwise the first push brings them."""
+        self.config, self.index, self.load_weights = config, index, load_weights
+        self.progress = Progress()
+        self.acknowledged: int | None = None  # the version this engine answers for
+        self.held: list[tuple[int, Callable[[], None]]] = []  # (prompt index, add its request): wait for the others
+        self.thread: StepThread | None = None
+
+    async def setup(self) -> int:
+        """Build the engine; the process id. ValueError on an option that vLLM does not know."""
+        if self.config.vllm_enforce_eager:
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler would still compile a function: tens of seconds
+        self.ledger = PushLedger(checkpoint_tensors(self.config.model))
+        self.thread = StepThread(lambda: _build(self.config, self.index, self.load_weights), self.progress)
+        engine = await self.thread.start()
+        self.tokenizer = engine.get_tokenizer()
+        self.acknowledged = 0 if self.load_weights else None
+        return os.getpid()
+
+    async def version(self) -> int | None:
+        """The version this engine answers for; None before and during a push, and after one that failed."""
+        return self.acknowledged
+
+    @ray.method(num_returns=2)
+    async def generate(
+        self,
+        index: int,
+        prompt_ids: np.ndarray,
+        n: int,
+        version: int,
+        sampling: Mapping[str, Any] | None = None,
+        together: int = 1,
+    ) -> tuple[GroupTokens, GroupSummary]:
+        """Sample n responses to prompt_ids [P] with the weights of `version`.
+
+        `index` is the prompt's place in the run's order. `sampling` overrides the config's sampling options (see
+        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` such calls are here;
+        they then start between the same two steps, in the order of their indices, whatever order they arrived in.
+        PushError when the engine does not hold `version`.
+        """
+        self._require(version)
+        params = self._sampling_params(index, n, sampling or {})
+        add, done = self.thread.request(prompt_ids.tolist(), params)
+        self.held.append((index, add))
+        if len(self.held) >= together:
+            held, self.held = sorted(self.held, key=lambda item: item[0]), []
+            self.thread.post(lambda: [add() for _, add in held])
+        output = await done
+        self._require(version)
+        return self._group(prompt_ids, output)
+
+    async def begin_push(self, version: int) -> None:
+        """Stop answering, and get ready for the buckets of `version`. Unfinished requests fail."""
+
+        def begin() -> None:
+            self.ledger.begin(version)
+            self.acknowledged = None
+            self.thread.abort(PushError(f"aborted by the push of version {version}"))
+            self.thread.engine.collective_rpc("begin_weights")
+
+        await self.thread.call(begin)
+
+    async def receive_bucket(self, bucket: Bucket) -> None:
+        """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
+        data = await ObjectStore().receive(bucket.payload, bucket.size)
+
+        def load() -> None:
+            with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):
+                try:
+                    names = self.ledger.admit(bucket)
+                    self.thread.engine.collective_rpc("load_bucket", args=(bucket, data, names))
+                except Exception:
+                    self.ledger.fail()
+                    raise
+
+        await self.thread.call(load)
+
+    async def finish_push(self, version: int, names: list[str]) -> int:
+        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache; the number of tensors."""
+
+        def finish() -> int:
+            with self.progress.doing(f"finishing the push of version {version}"):
+                count = self.ledger.finish(version, names)
+                engine = self.thread.engine
+                engine.collective_rpc("finish_weights")
+                if not engine.reset_prefix_cache(reset_running_requests=True):
+                    raise PushError(f"version {version}: the prefix cache of the old weights could not be reset")
+                self.acknowledged = version
+                return count
+
+        return await self.thread.call(finish)
+
+    async def report(self) -> str:
+        """What the engine is doing now."""
+        holds = "no complete weights" if self.acknowledged is None else f"version {self.acknowledged}"
+        pending = 0 if self.thread is None else self.thread.num_pending
+        return f"{self.progress.report()}; {holds}, {pending} prompts pending, pid {os.getpid()}"
+
+    def _require(self, version: int) -> None:
+        if version != self.acknowledged:
+            has = "no complete push" if self.acknowledged is None else f"version {self.acknowledged}"
+            raise PushError(f"rollout engine {self.index} was asked for weight version {version} but has {has}")
+
+    def _sampling_params(self, index: int, n: int, overrides: Mapping[str, Any]) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if unknown := set(overrides) - set(SAMPLING_OPTIONS):
+            raise ValueError(f"unknown sampling options {sorted(unknown)}: known are {', '.join(SAMPLING_OPTIONS)}")
+        values = {name: getattr(self.config, name) for name in SAMPLING_OPTIONS} | dict(overrides)
+        added = self.tokenizer.get_added_vocab()  # a special token is no text: it stops by its id
+        words = values["stop_words"] or []
+        strings = [word for word in words if word not in added]
+        return SamplingParams(
+            n=n,
+            temperature=values["temperature"],
+            top_p=values["top_p"],
+            top_k=values["top_k"],
+            repetition_penalty=values["repetition_penalty"],
+            max_tokens=values["max_completion_length"],
+            stop=strings or None,
+            stop_token_ids=[added[word] for word in words if word in added] or None,
+            include_stop_str_in_output=True,
+            detokenize=bool(strings),
+            seed=_seed(self.config.seed, index) if self.config.deterministic else None,
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _group(self, prompt_ids: np.ndarray, output: RequestOutput) -> tuple[GroupTokens, GroupSummary]:
+        ids = [list(sample.token_ids) for sample in output.outputs]
+        logprobs = [sample.logprobs.logprobs for sample in output.outputs]
+        assert [len(row) for row in ids] == [len(row) for row in logprobs], (output.request_id, ids, logprobs)
+        tokens = GroupTokens(
+            prompt_ids=np.asarray(prompt_ids, np.int32),
+            response_ids=tuple(np.array(row, np.int32) for row in ids),
+            rollout_logprobs=tuple(np.array(row, np.float32) for row in logprobs),
+        )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        reasons = tuple(sample.finish_reason for sample in output.outputs)
+        return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))
+
+
+def _seed(seed: int, index: int) -> int:
+    """One seed a prompt, 62 bits; vLLM adds the response's place in its group."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def _build(config: Any, index: int, load_weights: bool) -> LLMEngine:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights))
+
+
+def _engine_args(config: Any, index: int, load_weights: bool) -> EngineArgs:
+    import dataclasses
+    import difflib
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in config.vllm:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"vllm: unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    options = {
+        "model": config.model,
+        "dtype": config.torch_dtype or checkpoint_dtype(config.model),
+        "load_format": "auto" if load_weights else "dummy",
+        "seed": config.seed + index,
+        "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "max_model_len": config.vllm_max_model_len,
+        "max_num_seqs": config.vllm_max_num_seqs,
+        "enforce_eager": config.vllm_enforce_eager,
+        "enable_prefix_caching": config.vllm_enable_prefix_caching,
+        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-p and top-k: of the distribution that was sampled from
+        "worker_extension_cls": "actors.weights.vllm_extension.WeightReceiver",
+        "disable_log_stats": True,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineArgs(**given | config.vllm)

@@ -1,0 +1,118 @@
+"""The one thread that builds a vLLM engine, steps it, and runs everything else that touches it between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from actors.progress import Progress
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+class StepThread:
+    """Lives beside an event loop: calls come from the loop's coroutines, results go back to them."""
+
+    def __init__(self, build: Callable[[], LLMEngine], progress: Progress):
+        self.build, self.progress = build, progress
+        self.loop = asyncio.get_running_loop()
+        self.calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self.pending: dict[str, asyncio.Future] = {}  # by request id; touched by the thread alone
+        self.ids = itertools.count()
+        self.engine: LLMEngine
+
+    @property
+    def num_pending(self) -> int:
+        """Requests that are in the engine."""
+        return len(self.pending)
+
+    async def start(self) -> LLMEngine:
+        """Build the engine; its first use, like every other, must come from a `call`."""
+        built = self.loop.create_future()
+        threading.Thread(target=self._run, args=(built,), name="engine", daemon=True).start()
+        return await built
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run `function()` in the thread, between two steps; its result."""
+        done = self.loop.create_future()
+        self.calls.put(lambda: self._answer(function, done))
+        return await done
+
+    def post(self, function: Callable[[], Any]) -> None:
+        """Run `function()`, which must not raise, in the thread, between two steps."""
+        self.calls.put(function)
+
+    def request(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Callable[[], None], Awaitable[RequestOutput]]:
+        """A new request: what adds it to the engine (to be run in the thread), and its finished output."""
+        request_id, done = str(next(self.ids)), self.loop.create_future()
+
+        def add() -> None:
+            try:
+                self.engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+                self.pending[request_id] = done
+            except Exception as error:  # noqa: BLE001 - goes to the caller
+                self._deliver([(done, None, error)])
+
+        return add, done
+
+    def abort(self, error: Exception) -> None:
+        """In the thread: drop every request; whoever waits for one gets `error`."""
+        if self.pending:
+            self.engine.abort_request(list(self.pending))
+            self._deliver([(done, None, error) for done in self.pending.values()])
+            self.pending.clear()
+
+    def _run(self, built: asyncio.Future) -> None:
+        with self.progress.doing("building the engine"):
+            try:
+                self.engine = self.build()
+            except Exception as error:  # noqa: BLE001 - goes to the caller
+                self._deliver([(built, None, error)])
+                return
+        self._deliver([(built, self.engine, None)])
+        while True:
+            self.calls.get()()
+            while not self.calls.empty():  # let requests that arrive together start together
+                self.calls.get()()
+            if self.pending:
+                with self.progress.doing("generating"):
+                    self._step_until_idle()
+
+    def _step_until_idle(self) -> None:
+        while self.pending:
+            try:
+                outputs = self.engine.step()
+            except Exception as error:  # noqa: BLE001 - goes to the caller
+                self.abort(error)
+                return
+            finished = [output for output in outputs if output.finished]
+            if finished:
+                self._deliver([(self.pending.pop(output.request_id), output, None) for output in finished])
+            while not self.calls.empty():
+                self.calls.get()()
+
+    def _answer(self, function: Callable[[], Any], done: asyncio.Future) -> None:
+        try:
+            result, error = function(), None
+        except Exception as raised:  # noqa: BLE001 - goes to the caller
+            result, error = None, raised
+        self._deliver([(done, result, error)])
+
+    def _deliver(self, answers: list[tuple[asyncio.Future, Any, Exception | None]]) -> None:
+        self.loop.call_soon_threadsafe(_settle, answers)
+
+
+def _settle(answers: list[tuple[asyncio.Future, Any, Exception | None]]) -> None:
+    for done, result, error in answers:
+        if done.done():  # its caller is gone
+            continue
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)

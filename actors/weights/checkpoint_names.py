@@ -1,0 +1,49 @@
+"""Which tensors a complete set of weights must hold, read from the model folder's safetensors headers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointTensors:
+    """Names and shapes of a Hugging Face checkpoint, by what a weight push must do with them."""
+
+    required: dict[str, tuple[int, ...]]
+    redundant: frozenset[str]  # may be pushed or not, never loaded: tied to another tensor, or computed
+
+
+def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
+    """Read every header of `folder`'s safetensors files (no weights). ValueError when it has none."""
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if (index := folder / "model.safetensors.index.json").exists():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors file: convert the model with `save_pretrained` of transformers")
+    shapes = {name: shape for file in files for name, shape in _header(file).items()}
+    config = json.loads((folder / "config.json").read_text())
+    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+    redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    if tied:
+        redundant |= {"lm_head.weight"} | {name for name in shapes if name.endswith("lm_head.weight")}
+    required = {name: shape for name, shape in shapes.items() if name not in redundant}
+    return CheckpointTensors(required=required, redundant=frozenset(redundant))
+
+
+def checkpoint_dtype(folder: str | Path) -> str:
+    """The dtype that `folder`'s config.json states ("float32", "bfloat16", ...), or "auto"."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    text = config.get("text_config", {})
+    stated = [section.get(key) for section in (config, text) for key in ("dtype", "torch_dtype")]
+    return next((dtype for dtype in stated if dtype), "auto")
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        entries = json.loads(stream.read(length))
+    return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}

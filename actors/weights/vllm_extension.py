@@ -1,0 +1,55 @@
+"""The receiving side inside a vLLM worker, mixed into it by `worker_extension_cls`; called through `collective_rpc`.
+
+Layerwise reload keeps a reference to each tensor until its (fused) layer is complete, then repacks the layer for the CPU's
+kernels. Tensors are therefore views of their own bucket's memory, which lives as long as one of them does.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.weights.checksum import checksum
+from actors.weights.ledger import PushError
+from rlhf.records import Bucket
+
+
+class WeightReceiver:
+    """Methods of vLLM's worker: begin_weights, load_bucket for each bucket, finish_weights."""
+
+    _loading = False
+
+    def begin_weights(self) -> None:
+        """Open the model's layers for loading; an unfinished push before it is closed first."""
+        if self._loading:
+            self.finish_weights()
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model_runner.model)
+        self._loading = True
+
+    def load_bucket(self, bucket: Bucket, data: torch.Tensor, names: list[str]) -> None:
+        """Load `names` of a bucket from its bytes, uint8 [size], after they gave the sender's checksum."""
+        found = checksum(data)
+        if found != bucket.checksum:
+            raise PushError(
+                f"bucket {bucket.index} of version {bucket.version} ({bucket.size} bytes, {bucket.names[0]} to {bucket.names[-1]}) "
+                f"was damaged on the way: checksum {found:016x}, sent {bucket.checksum:016x}"
+            )
+        wanted = set(names)
+        entries = zip(bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets, strict=True)
+        weights = [(name, _read(data, dtype, shape, offset)) for name, dtype, shape, offset in entries if name in wanted]
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+            self.model_runner.model.load_weights(weights)
+
+    def finish_weights(self) -> None:
+        """Put the loaded layers in place."""
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+            finalize_layerwise_reload(self.model_runner.model, self.model_config)
+        self._loading = False
+
+
+def _read(data: torch.Tensor, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    kind = getattr(torch, dtype)
+    size = torch.Size(shape).numel() * kind.itemsize
+    return data[offset : offset + size].view(kind).view(shape)

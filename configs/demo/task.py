@@ -1,0 +1,75 @@
+"""The demo's model, tokenizer and data: two-digit addition, one token a character, nothing downloaded.
+
+Held-out sums use numbers that no training sum contains.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+HELD_OUT_NUMBERS = 20
+HELD_OUT_SUMS = 200
+CHARACTERS = "0123456789+="
+SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_model(folder: Path, seed: int) -> None:
+    """A Qwen3 model of 0.6M parameters with random weights, and its tokenizer, in Hugging Face's format."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=vocabulary["<end>"],
+        pad_token_id=vocabulary["<pad>"],
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_data(folder: Path, seed: int) -> None:
+    """sft.jsonl, grpo.jsonl and held_out.jsonl; the sums of the first two are disjoint as well."""
+    rng = random.Random(seed)
+    numbers = list(range(10, 100))
+    rng.shuffle(numbers)
+    held_out, seen = numbers[:HELD_OUT_NUMBERS], numbers[HELD_OUT_NUMBERS:]
+    training = [(a, b) for a in seen for b in seen]
+    rng.shuffle(training)
+    half = len(training) // 2
+    _write(folder / "sft.jsonl", training[:half], answered=True)
+    _write(folder / "grpo.jsonl", training[half:], answered=False)
+    _write(folder / "held_out.jsonl", rng.sample([(a, b) for a in held_out for b in held_out], HELD_OUT_SUMS), answered=False)
+
+
+def _write(path: Path, sums: list[tuple[int, int]], *, answered: bool) -> None:
+    with open(path, "w") as file:
+        for a, b in sums:
+            messages = [{"role": "user", "content": f"{a}+{b}="}]
+            row = {"messages": messages, "solution": str(a + b)}
+            if answered:
+                row = {"messages": [*messages, {"role": "assistant", "content": str(a + b)}]}
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,180 @@
+"""Starts Ray, reserves its resources, and builds the actor groups: the one file of the controller that knows the actors.
+
+A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; the frozen reference shares the policy's
+bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from actors import rollout as rollout_actor
+from actors.data import DataWorker
+from actors.frozen import Frozen
+from actors.group import RankGroup
+from actors.policy import Policy
+from actors.reward import RewardWorker
+from actors.rollout import RolloutEngine
+from rlhf.config import Config
+from rlhf.data import PromptStream, RowStream
+from rlhf.rollout import RolloutEngines
+from rlhf.scoring import Scorer
+from rlhf.validation import needs_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = {  # what the libraries would print in every actor
+    "LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SHARES = 4  # actors that may sit on one bundle: each asks for this fraction of it
+
+
+@dataclass(kw_only=True)
+class Roles:
+    """What a loop works with. A role that the task does not need is None."""
+
+    policy: RankGroup
+    data: PromptStream | RowStream
+    reference: RankGroup | None = None
+    rollout: RolloutEngines | None = None
+    scorer: Scorer | None = None
+
+    def timers(self) -> list[Any]:
+        """The roles that measure how long they are waited for."""
+        return [role for role in (self.policy, self.reference, self.rollout, self.scorer) if role is not None]
+
+
+class Cluster:
+    """The resources of one run; a context manager that gives them back."""
+
+    def __init__(self, config: Config, *, policy_ranks: int, num_engines: int):
+        self.config, self.policy_ranks, self.num_engines = config, policy_ranks, num_engines
+        self.started_ray = False
+        self.actors: list[Any] = []
+        self.placement: PlacementGroup | None = None
+
+    def __enter__(self) -> Cluster:
+        self._connect()
+        self._reserve()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+        if self.started_ray:
+            ray.shutdown()
+
+    def build(self) -> Roles:
+        """Create every actor of the task and wait until all are ready. They start side by side."""
+        config = self.config
+        data_worker = self._data_worker()
+        dataset = data_worker.setup.remote()
+        policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
+        reference = rollout = scorer = None
+        if config.task == "rlhf":
+            rollout = RolloutEngines(self._engine, num_engines=self.num_engines, config=config)
+            scorer = Scorer(self._reward_worker, config, max_steps=config.train_iters)
+            if needs_reference(config):
+                ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
+                reference = RankGroup("reference", ranks, timeout=config.call_timeout)
+        policy.setup()
+        if reference is not None:
+            reference.setup()
+        if rollout is not None:
+            rollout.setup()
+            scorer.wait_until_ready()
+        stream = RowStream if config.task == "sft" else PromptStream
+        info = ray.get(dataset, timeout=config.call_timeout)
+        data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
+        return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
+
+    def _connect(self) -> None:
+        """Join the cluster that RAY_ADDRESS, a submitted job or a `ray start` on this machine names; else start one here."""
+        if not ray.is_initialized():
+            under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+            paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+            ray.init(
+                runtime_env={"env_vars": environment | QUIET},
+                include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+                log_to_driver=True,
+                logging_level="WARNING",
+            )
+            self.started_ray = True
+
+    def _reserve(self) -> None:
+        """Reserve the bundles: policy ranks first, then the engines of server mode."""
+        config = self.config
+        own_bundles = self.num_engines * config.vllm_tensor_parallel_size if self._server_mode else 0
+        count = self.policy_ranks + own_bundles
+        bundle = {"CPU": config.cpus_per_rank}
+        if ray.cluster_resources().get("GPU"):
+            bundle["GPU"] = 1
+        for kind, each in bundle.items():
+            have = ray.cluster_resources().get(kind, 0)
+            if have < each * count:
+                raise ValueError(
+                    f"{self.policy_ranks} policy ranks + {own_bundles} engine places need {count} x {each:g} {kind} = "
+                    f"{each * count:g}, the cluster has {have:g}: lower nproc_per_node, rollout.num_engines or cpus_per_rank, "
+                    "or add nodes"
+                )
+        self.placement = placement_group([bundle] * count, strategy="PACK")
+        if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
+            raise ValueError(
+                f"Ray could not place {count} bundles of {bundle}: other jobs hold the cluster's resources "
+                f"(free now: {ray.available_resources()})"
+            )
+
+    @property
+    def _server_mode(self) -> bool:
+        return self.config.task == "rlhf" and self.config.vllm_mode == "server"
+
+    def _ranks(self, kind: type, count: int) -> list[Any]:
+        return [
+            self._create(
+                ray.remote(concurrency_groups={"report": 1})(kind),
+                self._on_bundle(rank % self.policy_ranks),
+                rank=rank,
+                world_size=count,
+            )
+            for rank in range(count)
+        ]
+
+    def _engine(self, index: int) -> Any:
+        first = index * self.config.vllm_tensor_parallel_size
+        place = self._on_bundle(first + self.policy_ranks, share=1) if self._server_mode else self._on_bundle(first)
+        return self._create(ray.remote(max_concurrency=1000)(RolloutEngine), place, index=index, env=rollout_actor.ENVIRONMENT)
+
+    def _reward_worker(self, index: int) -> Any:
+        return self._create(ray.remote(RewardWorker), {"num_cpus": 0})
+
+    def _data_worker(self) -> Any:
+        """On the driver's node, where the dataset files are."""
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return self._create(ray.remote(concurrency_groups={"report": 1})(DataWorker), {"num_cpus": 0, "scheduling_strategy": node})
+
+    def _on_bundle(self, index: int, share: float = 1 / SHARES) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
+        options = {"scheduling_strategy": strategy, "num_cpus": self.config.cpus_per_rank * share}
+        if self.placement.bundle_specs[index].get("GPU"):
+            options["num_gpus"] = share
+        return options
+
+    def _create(self, kind: Any, options: dict[str, Any], env: dict[str, str] | None = None, **arguments: Any) -> Any:
+        threads = {"OMP_NUM_THREADS": str(max(1, int(self.config.cpus_per_rank)))}
+        actor = kind.options(runtime_env={"env_vars": threads | (env or {})}, **options).remote(self.config, **arguments)
+        self.actors.append(actor)
+        return actor

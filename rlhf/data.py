@@ -1,0 +1,108 @@
+"""The controller's side of the data: batches by position from the data worker, the next one fetched ahead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+
+if TYPE_CHECKING:
+    from rlhf.records import Prompt
+
+
+class DataFailure(RuntimeError):
+    """The data worker died, or did not answer before its deadline."""
+
+
+class RowBatch(NamedTuple):
+    """Rows of a supervised dataset: the tokens stay in the object store."""
+
+    tokens: ray.ObjectRef  # of RowTokens
+    lengths: list[int]  # rows: L
+    trained: list[int]  # rows: tokens with a loss
+    units: list[list[int]]  # the rows of each pack, as indices; [[0], [1], ...] without packing
+
+
+class _Stream:
+    """Consecutive batches of one method of the data worker.
+
+    `position` counts the prompts or rows (packs) taken since the start of the first epoch; it is all that a resumed run
+    has to restore. Set it at any time: a batch fetched ahead for another position is dropped.
+    """
+
+    method: str
+    num_returns = 1
+
+    def __init__(self, worker: Any, *, num_rows: int, timeout: float, position: int = 0, ahead: bool = True):
+        """`worker`: handle of a DataWorker that is set up; `num_rows` of one epoch; `timeout` in seconds."""
+        self.worker, self.num_rows, self.timeout = worker, num_rows, timeout
+        self.position, self.ahead = position, ahead
+        self._fetched: tuple[int, int, list[ray.ObjectRef]] | None = None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs taken so far."""
+        return self.position / self.num_rows
+
+    def _next(self, count: int) -> list[ray.ObjectRef]:
+        if self._fetched is not None and self._fetched[:2] == (self.position, count):
+            refs = self._fetched[2]
+        else:
+            refs = self._call(self.position, count)
+        self._fetched = None
+        self._wait(refs)
+        self.position += count
+        if self.ahead:
+            self._fetched = self.position, count, self._call(self.position, count)
+        return refs
+
+    def _call(self, start: int, count: int) -> list[ray.ObjectRef]:
+        refs = getattr(self.worker, self.method).remote(start, count)
+        return list(refs) if self.num_returns > 1 else [refs]
+
+    def _wait(self, refs: list[ray.ObjectRef]) -> None:
+        call = f"`{self.method}` at position {self.position}"
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=self.timeout, fetch_local=False)
+        if len(done) < len(refs):
+            raise DataFailure(
+                f"the data worker did not finish {call} within {self.timeout:.0f} s; it reports: {self._report()}"
+            )
+        try:
+            ray.get(refs[-1])  # the small one: an actor's error is in each
+        except ray.exceptions.RayActorError as error:
+            raise DataFailure(f"the data worker died during {call}: {str(error).strip().splitlines()[0]}") from error
+
+    def _report(self) -> str:
+        try:
+            return ray.get(self.worker.report.remote(), timeout=5)
+        except ray.exceptions.RayError as error:
+            return f"no answer ({type(error).__name__})"
+
+
+class PromptStream(_Stream):
+    """Prompts in the seeded order of the run."""
+
+    method = "prompts"
+
+    def next_batch(self, count: int) -> list[Prompt]:
+        """The next `count` prompts.
+
+        Raises:
+            DataFailure: no answer before the deadline, or the worker died.
+        """
+        return ray.get(self._next(count)[0])
+
+
+class RowStream(_Stream):
+    """Encoded rows, or packs of rows, in the seeded order of the run."""
+
+    method, num_returns = "rows", 2
+
+    def next_batch(self, count: int) -> RowBatch:
+        """The next `count` units: rows, or packs of rows.
+
+        Raises:
+            DataFailure: no answer before the deadline, or the worker died.
+        """
+        tokens, summary = self._next(count)
+        return RowBatch(tokens, *ray.get(summary))

@@ -1,0 +1,39 @@
+"""Entry point: `python rlhf/main.py sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's root belongs there
+    sys.path[:] = [ROOT, *(path for path in sys.path if Path(path or ".").resolve() != Path(ROOT, "rlhf"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command."""
+    from rlhf.options import help_text, load_config
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & set(argv):
+        print(help_text(argv[0] if argv and not argv[0].startswith("-") else None))
+        return 0
+    try:
+        if argv[0] == "check":
+            from rlhf.check import check
+
+            return check()
+        if argv[0] == "plan":
+            from rlhf.plan import print_plan
+
+            return print_plan(load_config(argv[1:]))
+        from rlhf.run import run
+
+        return run(load_config(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What a model folder says about itself, read as JSON: sizes, parameter count, and whether it is complete.
+
+Letters: D hidden size, F feed-forward size, H heads, K key-value heads, d head size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "model_max_length", "max_seq_len")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_*.py", "*.tiktoken")
+QKV_BIAS = {"qwen2"}  # always there; elsewhere `attention_bias` says
+QK_NORM = {"qwen3"}
+COUNTED = {"qwen2", "qwen3", "llama", "mistral"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a dense decoder-only transformer."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    max_length: int | None  # tokens
+    dtype: str  # "float32", "bfloat16", ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether the counts below are this architecture's, or an estimate after Llama's."""
+        return self.model_type in COUNTED
+
+    def layer_parameters(self, tensor_size: int = 1) -> int:
+        """Parameters of one layer on one of `tensor_size` ranks.
+
+        D(2H + 2K)d + 3DF and the column biases are split over them; norms and row biases are on each.
+        """
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv = heads + 2 * kv_heads
+        split = self.hidden_size * (qkv + heads + 3 * self.ffn_size)
+        split += (qkv if self.qkv_bias else 0) + (2 * self.ffn_size if self.mlp_bias else 0)
+        whole = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        whole += (self.hidden_size if self.output_bias else 0) + (self.hidden_size if self.mlp_bias else 0)
+        return split // tensor_size + whole
+
+    def embedding_parameters(self, tensor_size: int = 1) -> int:
+        """Parameters of one V x D matrix on one of `tensor_size` ranks; V is padded to their multiple."""
+        return math.ceil(self.vocab_size / tensor_size) * self.hidden_size
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, as Hugging Face counts them (tied ones once)."""
+        matrices = 1 if self.tied_embeddings else 2
+        return matrices * self.embedding_parameters() + self.num_layers * self.layer_parameters() + self.hidden_size
+
+    def rank_parameters(self, tensor_size: int = 1, pipeline_size: int = 1) -> int:
+        """Parameters of the fullest rank: the first stage holds the embedding, the last the output layer and a norm."""
+        layers = self.num_layers // pipeline_size * self.layer_parameters(tensor_size)
+        matrix = self.embedding_parameters(tensor_size)
+        if pipeline_size == 1:
+            return layers + (1 if self.tied_embeddings else 2) * matrix + self.hidden_size
+        return layers + matrix + self.hidden_size  # the last stage holds a copy of a tied embedding
+
+    def lora_parameters(self, rank: int, modules: list[str], tensor_size: int = 1, pipeline_size: int = 1) -> int:
+        """Adapter parameters of one rank. Column-parallel layers split B (out x r), row-parallel ones A (r x in)."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = {  # in, out
+            "linear_qkv": (self.hidden_size, (heads + 2 * kv_heads) // tensor_size),
+            "linear_proj": (heads // tensor_size, self.hidden_size),
+            "linear_fc1": (self.hidden_size, 2 * self.ffn_size // tensor_size),
+            "linear_fc2": (self.ffn_size // tensor_size, self.hidden_size),
+        }
+        chosen = sizes if "all-linear" in modules else {name: sizes[name] for name in modules if name in sizes}
+        return self.num_layers // pipeline_size * sum(rank * (width + height) for width, height in chosen.values())
+
+
+def find_model(name: str) -> Path | None:
+    """The model's folder; None when `name` is a hub id that is no folder here. Raises ValueError when it is neither."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise ValueError(f"--model {name} is a file: give the folder that holds config.json")
+    if HUB_ID.fullmatch(name):
+        return None
+    raise ValueError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
+
+
+def download_model(name: str, *, use_hf: bool) -> Path:
+    """The local copy of a hub id, downloaded when it is not in the hub's cache. Raises ValueError when that fails."""
+    hub = "Hugging Face" if use_hf else "ModelScope"
+    try:
+        if use_hf:
+            from huggingface_hub import snapshot_download
+        else:
+            from modelscope import snapshot_download
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hubs' clients raise dozens of kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        other = "" if use_hf else " (--use_hf takes it from Hugging Face)"
+        raise ValueError(
+            f"--model {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
+        ) from None
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The sizes in `folder/config.json`. Raises ValueError when it is missing, broken, or of an unsupported kind."""
+    values = _read_json(folder / "config.json")
+    kind, architectures = values.get("model_type", ""), values.get("architectures") or []
+    if any(values.get(key) for key in EXPERT_KEYS):
+        raise ValueError(f"{folder}: {kind} is a mixture-of-experts model, which is not supported yet")
+    if "vision_config" in values or "audio_config" in values or "text_config" in values:
+        raise ValueError(f"{folder}: {kind} is a multimodal model, which is not supported yet")
+    if architectures and not architectures[0].endswith("ForCausalLM"):
+        raise ValueError(f"{folder}: {architectures[0]} is not a causal language model (...ForCausalLM)")
+    try:
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        bias = bool(values.get("attention_bias", False))
+        lengths = [int(values[key]) for key in LENGTH_KEYS if values.get(key)]
+        return ModelShape(
+            model_type=kind,
+            num_layers=int(values["num_hidden_layers"]),
+            hidden_size=hidden,
+            ffn_size=int(values["intermediate_size"]),
+            num_heads=heads,
+            num_kv_heads=int(values.get("num_key_value_heads") or heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
+            vocab_size=int(values["vocab_size"]),
+            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=bias or kind in QKV_BIAS,
+            output_bias=bias and kind not in QKV_BIAS,
+            mlp_bias=bool(values.get("mlp_bias", False)),
+            qk_norm=kind in QK_NORM,
+            max_length=min(lengths) if lengths else None,
+            dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch."),
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{folder}/config.json lacks {error.args[0]}: {kind or 'this model'} is not supported"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json is broken: {error}") from None
+
+
+def check_files(folder: Path) -> None:
+    """Weights and tokenizer are there. Raises ValueError naming what is missing."""
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): save it there too")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        parts = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [part for part in parts if not (folder / part).exists()]
+        if missing:
+            raise ValueError(f"{folder} lacks {len(missing)} of {len(parts)} weight files, the first is {missing[0]}")
+    elif not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no weights (*.safetensors)")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"{file}: {os.strerror(error.errno)}; is this a model folder?") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if isinstance(values, dict):
+        return values
+    raise ValueError(f"{file}: expected an object, found a {type(values).__name__}")

@@ -1,0 +1,226 @@
+"""Command line and YAML to a typed `Config`: parsing, types, bounds, and what is refused by name."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf.config import ALL, Config, FrozenRole, RolloutRole
+from rlhf.devices import find_devices
+from rlhf.model_folder import download_model, find_model, read_shape
+from rlhf.option_values import check_bounds, nearest, typed, untyped
+from rlhf.resolution import resolve
+from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
+from rlhf.validation import check_parsed, validate
+
+ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
+PASS_THROUGH = ("megatron", "vllm")
+ALIASES = {"ref_model": "reference.model"}
+LATER = ("pt", "export", "infer", "eval", "rollout")
+
+USAGE = """usage: megaray sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray plan sft|rlhf [the same options]   batches, placement and memory; nothing is started
+       megaray check                              the environment, and the command that mends what is missing
+       megaray [sft|rlhf] --help"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One supported option: `owner` is None, or the role whose section holds it."""
+
+    name: str  # as typed: "lr", "rollout.num_engines"
+    field: Field
+    type: Any
+    owner: str | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.field.metadata["tasks"]
+
+
+@functools.cache
+def supported() -> dict[str, Option]:
+    """Every supported option by the name it is typed with."""
+    table = {}
+    for owner, section in ((None, Config), *ROLES.items()):
+        hints = typing.get_type_hints(section)
+        for item in fields(section):
+            if "help" in item.metadata:
+                name = f"{owner}.{item.name}" if owner else item.name
+                table[name] = Option(name=name, field=item, type=hints[item.name], owner=owner)
+    return table
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """The checked config of a command line: parsed, its model found, every default filled in; notes go to stderr.
+
+    Raises ValueError, one line, for whatever its user must mend.
+    """
+    config = parse(argv)
+    check_parsed(config)
+    folder = find_model(config.model) or download_model(config.model, use_hf=config.use_hf)
+    config = replace(config, model=str(folder), reference=_local_reference(config))
+    config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
+    for note in validate(config):
+        print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _local_reference(config: Config) -> FrozenRole:
+    name = config.reference.model
+    if name is None:
+        return config.reference
+    return replace(config.reference, model=str(find_model(name) or download_model(name, use_hf=config.use_hf)))
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Read `[plan] TASK [--config FILE] [--NAME VALUE ...]`.
+
+    The command line wins over the file, a later value over an earlier one. Raises ValueError, one line, for anything that cannot be understood.
+    """
+    words = list(argv[1:] if argv[:1] == ["plan"] else argv)
+    task = words.pop(0) if words else ""
+    if task in LATER:
+        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, plan and check")
+    if task not in ALL:
+        raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
+    given = _tokens(words)
+    values: dict[str, Any] = {}
+    for path in given.pop("config", []):
+        values |= _flatten(_read_yaml(path))
+    config = Config(task=task)
+    for name, value in (values | given).items():
+        config = _with_option(config, name, value)
+    return config
+
+
+def _tokens(words: Sequence[str]) -> dict[str, list[str]]:
+    """`--name a b --flag --other=c` as {name: [a, b], flag: [], other: [c]}, '-' in names read as '_'."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            given.pop(name, None)  # the last one wins, and keeps its place
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise ValueError(f"expected an option that starts with --, not {word!r}")
+        else:
+            given[name].append(word)
+    return given
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if isinstance(values, dict):
+        return values
+    raise ValueError(f"--config {path}: expected lines of `name: value`, found a {type(values).__name__}")
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Sections `rollout:`, `reference:`, `megatron:`, `vllm:` as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in (*ROLES, *PASS_THROUGH) and isinstance(value, dict):
+            flat |= {f"{name}.{str(inner).replace('-', '_')}": inner_value for inner, inner_value in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _with_option(config: Config, name: str, value: Any) -> Config:
+    """`config` with one option set. `value`: a list of words from the command line, or what YAML gave."""
+    name = ALIASES.get(name, name)
+    section, _, inner = name.partition(".")
+    if section in PASS_THROUGH and inner:
+        _check_task(supported()[section], config.task)
+        return replace(config, **{section: {**getattr(config, section), inner: untyped(value)}})
+    if name in UNSUPPORTED:
+        return _harmless(config, name, value)
+    option = supported().get(name)
+    if option is None or section in PASS_THROUGH:
+        raise ValueError(_unknown(name, config.task))
+    _check_task(option, config.task)
+    value = typed(option.name, option.type, value)
+    check_bounds(option.name, option.field.metadata, value)
+    if option.owner:
+        return replace(config, **{option.owner: replace(getattr(config, option.owner), **{option.field.name: value})})
+    return replace(config, **{name: value})
+
+
+def _check_task(option: Option, task: str) -> None:
+    if task not in option.tasks:
+        raise ValueError(f"--{option.name} is not used by {task}; it belongs to {', '.join(option.tasks)}")
+
+
+def _harmless(config: Config, name: str, value: Any) -> Config:
+    """`config` itself when the value asks for nothing; otherwise the refusal."""
+    known = UNSUPPORTED[name]
+    if untyped(value) in known.harmless:
+        return config
+    text = " or ".join(str(item).lower() if isinstance(item, bool) else str(item) for item in known.harmless)
+    only = f" (only {text} is)" if text else ""
+    raise ValueError(f"option --{name} is known but not supported{only}: {known.reason}")
+
+
+def _unknown(name: str, task: str) -> str:
+    if name in ELSEWHERE:
+        return f"unknown option --{name}; here it is --{ELSEWHERE[name]}"
+    if name in (*ROLES, *PASS_THROUGH):
+        return f"--{name} is a section: write --{name}.NAME VALUE"
+    names = [option.name for option in supported().values() if task in option.tasks]
+    return f"unknown option --{name}" + (nearest(name, names, "--") or "; --help lists them")
+
+
+def help_text(task: str | None = None) -> str:
+    """All options of `task` (None: of every task), grouped, each with its type, default and meaning."""
+    task = task if task in ALL else None
+    groups = [cls for cls in reversed(Config.__mro__) if "__dataclass_fields__" in vars(cls)]
+    groups[-1:-1] = list(ROLES.values())
+    lines = [USAGE]
+    for group in groups:
+        options = [
+            item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)
+        ]
+        if options:
+            lines += ["", f"{group.__doc__}:"] + [_help_line(item) for item in options]
+    return "\n".join(lines)
+
+
+def _group_of(option: Option) -> type:
+    if option.owner:
+        return ROLES[option.owner]
+    return next(cls for cls in Config.__mro__ if option.field.name in vars(cls).get("__annotations__", {}))
+
+
+def _help_line(option: Option) -> str:
+    default = option.field.default_factory() if callable(option.field.default_factory) else option.field.default
+    shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
+    shown = str(shown).lower() if isinstance(shown, bool) else shown
+    tail = f" [{shown}]" if shown not in (None, "") else ""
+    return f"  --{option.name} {_kind_name(option.type)}".ljust(44) + f"  {option.field.metadata['help']}{tail}"
+
+
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return _kind_name(next(item for item in typing.get_args(kind) if item is not type(None)))
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"{_kind_name(typing.get_args(kind)[0])} ..."
+    return {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "")

@@ -1,0 +1,198 @@
+"""`megaray plan`: batch arithmetic, placement and memory of a run, in words; nothing is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config import Config
+from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, total_steps
+from rlhf.devices import Devices, find_devices
+from rlhf.memory import (
+    Memory,
+    engine_memory,
+    longest_sequence,
+    micro_batch_tokens,
+    policy_memory,
+    reference_memory,
+    responses_at_a_time,
+)
+from rlhf.model_folder import ModelShape, read_shape
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """Processes of one kind: how many, where, and what each holds."""
+
+    name: str
+    count: int
+    place: str
+    memory: Memory | None = None  # of one process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's arithmetic."""
+
+    parameters: int
+    exact: bool  # the parameter count: exact for this architecture, or estimated
+    data_size: int
+    prompts: int | None  # of one generation batch; None without generation
+    micro_batches: int | None  # of one rank and step; None: as many as the token budget needs
+    steps: int | None  # None: the dataset's rows are not known
+    rows: int | None
+    roles: tuple[Role, ...]
+    needed: int  # bytes on one node without GPUs, on the fullest GPU otherwise
+    devices: Devices
+
+
+def print_plan(config: Config) -> int:
+    """Print the plan of a checked config; the exit status."""
+    made = plan(config, dataset_rows=count_rows(config.dataset), devices=find_devices())
+    print(render(config, made))
+    return 0
+
+
+def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
+    """The arithmetic of a resolved config. `dataset_rows`: None when unknown."""
+    shape = read_shape(Path(config.model))
+    copies = data_ranks(config)
+    roles = _roles(config, shape)
+    held = [(role, role.memory.total) for role in roles if role.memory]
+    if devices.gpus:
+        needed = max(total for _, total in held) if config.vllm_mode == "server" else sum(total for _, total in held)
+    else:
+        needed = sum(role.count * total for role, total in held) // config.nnodes
+    known = dataset_rows is not None or config.num_train_epochs is None
+    return Plan(
+        parameters=shape.num_parameters(),
+        exact=shape.exact,
+        data_size=copies,
+        prompts=config.generation_batch_size // config.num_generations if config.task == "rlhf" else None,
+        micro_batches=None
+        if config.micro_batch_tokens
+        else config.global_batch_size // copies // config.micro_batch_size,
+        steps=total_steps(config, dataset_rows) if known else None,
+        rows=dataset_rows,
+        roles=tuple(roles),
+        needed=needed,
+        devices=devices,
+    )
+
+
+def _roles(config: Config, shape: ModelShape) -> list[Role]:
+    ranks = policy_ranks(config)
+    roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
+    if config.task == "sft":
+        return [*roles, Role(name="data", count=1, place="driver's node")]
+    if needs_reference(config):
+        own = read_shape(Path(config.reference.model)) if config.reference.model else shape
+        count = config.reference.nproc or ranks
+        place = f"with the policy, {_bundles(0, min(count, ranks))}"
+        roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, own)))
+    engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
+    shared = config.vllm_mode == "colocate"
+    place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
+    roles.append(Role(name="rollout", count=engines, place=place, memory=engine_memory(config, shape)))
+    rewards = Role(name="reward", count=config.reward_workers, place="any node")
+    return [*roles, rewards, Role(name="data", count=1, place="driver's node")]
+
+
+def _bundles(first: int, count: int) -> str:
+    return f"bundle {first}" if count == 1 else f"bundles {first}-{first + count - 1}"
+
+
+def count_rows(dataset: list[str]) -> int | None:
+    """Rows of local .jsonl files, `#N` taken; None when one of them is something else."""
+    total = 0
+    for name in dataset:
+        path, _, limit = name.partition("#")
+        if limit.isdigit():
+            total += int(limit)
+        elif path.endswith(".jsonl") and Path(path).is_file():
+            with open(path, "rb") as lines:
+                total += sum(1 for line in lines if line.strip())
+        else:
+            return None
+    return total
+
+
+def render(config: Config, made: Plan) -> str:
+    """The plan as text."""
+    lines = [*_model_lines(config, made), "", "Batches", *(f"  {line}" for line in _batch_lines(config, made))]
+    lines += ["", "Placement", *(f"  {line}" for line in _place_lines(config, made))]
+    return "\n".join([*lines, "", *_memory_lines(config, made)])
+
+
+def _model_lines(config: Config, made: Plan) -> list[str]:
+    about = "" if made.exact else " (estimated: this architecture is not one of those counted exactly)"
+    name = f"grpo on {config.model}" if config.task == "rlhf" else f"sft on {config.model}"
+    return [
+        f"{name}: {made.parameters:,} parameters{about}, {config.torch_dtype}",
+        f"this machine: {made.devices.name}",
+    ]
+
+
+def _batch_lines(config: Config, made: Plan) -> list[str]:
+    each, ranks, batch = model_ranks(config), policy_ranks(config), config.global_batch_size
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    unit = "responses" if config.task == "rlhf" else "rows"
+    lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
+    if made.micro_batches is None:
+        lines.append(f"global batch {batch} {unit}, packed to {config.micro_batch_tokens} tokens a micro batch")
+    else:
+        lines.append(
+            f"global batch {batch} {unit} / DP {made.data_size} / micro batch {config.micro_batch_size} = "
+            f"{made.micro_batches} micro batches a rank and step"
+        )
+    if made.prompts is not None:
+        updates = config.steps_per_generation * config.num_iterations
+        lines.append(
+            f"generation: {batch} x steps_per_generation {config.steps_per_generation} = "
+            f"{config.generation_batch_size} responses / num_generations {config.num_generations} = "
+            f"{made.prompts} prompts, for {updates} steps"
+        )
+    rows = "unknown number of" if made.rows is None else f"{made.rows:,}"
+    steps = "unknown until the dataset is read" if made.steps is None else f"{made.steps:,}"
+    length = (
+        f"{config.num_train_epochs} epochs of {rows} rows" if config.num_train_epochs else f"train_iters, {rows} rows"
+    )
+    return [*lines, f"optimizer steps: {steps} ({length}); a checkpoint every {config.save_steps}"]
+
+
+def _place_lines(config: Config, made: Plan) -> list[str]:
+    kind = "1 GPU" if made.devices.gpus else f"{config.cpus_per_rank:g} CPU"
+    lines = [f"{role.name:<10} {role.count} x  {role.place}" for role in made.roles]
+    have = made.devices.gpus or made.devices.cores
+    ranks = policy_ranks(config)
+    own = rollout_engines(config) * config.vllm_tensor_parallel_size if config.vllm_mode == "server" else 0
+    count = ranks + (own if config.task == "rlhf" else 0)
+    wanted = count * (1 if made.devices.gpus else config.cpus_per_rank)
+    lines.append(
+        f"{count} bundles of {kind}" + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")
+    )
+    return lines
+
+
+def _memory_lines(config: Config, made: Plan) -> list[str]:
+    columns = ("weights", "gradients", "optimizer", "activations", "kv_cache", "total")
+    held = [role for role in made.roles if role.memory]
+    head = f"{'Memory, GiB a process':<24}" + "".join(f"{name:>13}" for name in columns)
+    rows = [
+        f"  {role.name:<22}" + "".join(f"{_gib(getattr(role.memory, name)):>13}" for name in columns) for role in held
+    ]
+    tokens = micro_batch_tokens(config)
+    notes = [f"  activations: micro batches of {tokens:,} tokens, recompute {config.recompute_granularity}"]
+    if config.task == "rlhf":
+        at_a_time, longest = responses_at_a_time(config), longest_sequence(config)
+        notes.append(f"  kv_cache: {at_a_time} responses at a time, each of {longest:,} tokens")
+    place = "a GPU" if made.devices.gpus else "a node"
+    verdict = "" if made.needed <= made.devices.memory else ": too much"
+    total = f"  about {_gib(made.needed)} GiB on {place} of {_gib(made.devices.memory)}{verdict}"
+    return [head, *rows, *notes, f"{total} (libraries not counted)"]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"

@@ -1,0 +1,150 @@
+"""Fills in the defaults that depend on other options, on the model and on the machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Config
+from rlhf.model_folder import ModelShape
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+BY_ESTIMATOR = {  # scale_rewards, kl_in_reward
+    "grpo": ("group", False),
+    "rloo": ("none", True),
+    "reinforce_plus_plus": ("batch", True),
+}
+
+
+def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: int = 0) -> Config:
+    """`config` with every dependent default filled in; `shape`: the model's, when known. Twice is as once.
+
+    Raises ValueError for what cannot be made consistent.
+    """
+    lora = config.tuner_type == "lora"
+    values: dict[str, Any] = {
+        "lr": _or(config.lr, 1e-4 if lora else 1e-5),
+        "merge_lora": _or(config.merge_lora, config.save_safetensors),
+        "sequence_parallel": config.sequence_parallel and config.tensor_model_parallel_size > 1,
+        "nproc_per_node": _or(config.nproc_per_node, default_nproc(config, gpus_per_node)),
+        "output_dir": lasting_folder(config.output_dir or "runs", "output_dir"),
+        "dataset": [_absolute_rows(name) for name in config.dataset],
+    }
+    if config.resume_from_checkpoint not in (None, "auto"):
+        values["resume_from_checkpoint"] = lasting_folder(config.resume_from_checkpoint, "resume_from_checkpoint")
+    if shape is not None:
+        values["torch_dtype"] = config.torch_dtype or _trainable_dtype(shape)
+    config = replace(config, **values)
+    limit = shape.max_length if shape is not None else None
+    return _resolve_sft(config, limit) if config.task == "sft" else _resolve_rlhf(config, limit)
+
+
+def _resolve_sft(config: Config, limit: int | None) -> Config:
+    max_length = config.max_length or limit
+    packing_length = config.packing_length or (max_length if config.packing else None)
+    tokens = config.micro_batch_tokens
+    if config.packing and tokens is None and packing_length:
+        tokens = packing_length * config.micro_batch_size
+    return replace(
+        config,
+        max_length=max_length,
+        truncation_strategy=config.truncation_strategy or "delete",
+        loss_scale=config.loss_scale or "default",
+        packing_length=packing_length,
+        micro_batch_tokens=tokens,
+    )
+
+
+def _resolve_rlhf(config: Config, limit: int | None) -> Config:
+    """`limit`: tokens the model takes. The longest prompt leaves room for the longest response."""
+    room = config.vllm_max_model_len or limit
+    max_length = config.max_length or (max(room - config.max_completion_length, 1) if room else None)
+    longest = max_length + config.max_completion_length if max_length else None
+    scale, kl_in_reward = BY_ESTIMATOR[config.advantage_estimator]
+    steps, responses = _generation_batch(config)
+    grpo = config.rlhf_type == "grpo"
+    return replace(
+        config,
+        max_length=max_length,
+        vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
+        truncation_strategy=config.truncation_strategy or ("left" if grpo else "delete"),
+        loss_scale=config.loss_scale or "last_round",
+        loss_type=config.loss_type or ("grpo" if grpo else None),
+        beta=_or(config.beta, 0.04 if grpo else 0.1),
+        epsilon_high=_or(config.epsilon_high, config.epsilon),
+        scale_rewards=config.scale_rewards or scale,
+        kl_in_reward=_or(config.kl_in_reward, kl_in_reward),
+        steps_per_generation=steps,
+        generation_batch_size=responses,
+        cosine_max_len=config.cosine_max_len or config.max_completion_length,
+        soft_max_length=config.soft_max_length or config.max_completion_length,
+        external_plugins=[str(Path(name).expanduser().absolute()) for name in config.external_plugins],
+    )
+
+
+def _generation_batch(config: Config) -> tuple[int, int]:
+    """Optimizer steps a generation batch is split into, and its responses. Raises ValueError when they contradict."""
+    batch, steps, responses = config.global_batch_size, config.steps_per_generation, config.generation_batch_size
+    if responses is None:
+        return steps or 1, batch * (steps or 1)
+    if steps is not None and responses != batch * steps:
+        raise ValueError(
+            f"generation_batch_size {responses} is not global_batch_size {batch} x steps_per_generation {steps} = "
+            f"{batch * steps}: give one of them"
+        )
+    if responses % batch:
+        raise ValueError(f"generation_batch_size {responses} must be a multiple of global_batch_size {batch}")
+    return responses // batch, responses
+
+
+def default_nproc(config: Config, gpus_per_node: int) -> int:
+    """Policy ranks a node: $NPROC_PER_NODE; else the GPUs that vllm_mode server leaves; without GPUs TP * PP."""
+    text = os.environ.get("NPROC_PER_NODE")
+    if text is not None:
+        if text.strip().isdigit() and int(text) > 0:
+            return int(text)
+        raise ValueError(f"NPROC_PER_NODE={text} in the environment is not a whole number above 0")
+    model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    if not gpus_per_node:
+        return -(-model_ranks // config.nnodes)
+    engines = (config.rollout.num_engines or 1) * config.vllm_tensor_parallel_size
+    own = engines if config.task == "rlhf" and config.vllm_mode == "server" and config.nnodes == 1 else 0
+    return max(gpus_per_node - own, 1)
+
+
+def lasting_folder(path: str, name: str) -> str:
+    """`path` as an absolute one.
+
+    A submitted job runs in a copy of the working folder that is deleted afterwards: there a relative path is taken
+    under $MEGARAY_OUTPUT_ROOT, and refused without it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_absolute() or RAY_JOB not in os.environ:
+        return str(folder.absolute())
+    root = os.environ.get("MEGARAY_OUTPUT_ROOT")
+    if root and Path(root).is_absolute():
+        return str(Path(root) / folder)
+    raise ValueError(
+        f"--{name} {path} is relative, but a submitted job runs in a temporary copy of the folder: give an absolute "
+        "path on a shared disk, or set MEGARAY_OUTPUT_ROOT to one in the job's runtime environment"
+    )
+
+
+def _absolute_rows(name: str) -> str:
+    """`file.jsonl#500` with an absolute path; anything that is no file here (a hub id) as it is."""
+    path, mark, rows = name.partition("#")
+    return str(Path(path).expanduser().absolute()) + mark + rows if Path(path).expanduser().exists() else name
+
+
+def _trainable_dtype(shape: ModelShape) -> str:
+    if shape.dtype in ("float32", "bfloat16"):
+        return shape.dtype
+    raise ValueError(
+        f"the model's weights are {shape.dtype}, which is not trained in: give --torch_dtype bfloat16 or float32"
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

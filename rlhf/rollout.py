@@ -1,0 +1,263 @@
+"""The controller's side of the rollout engines: prompts are pulled by whoever has room, groups come out as they complete.
+
+Every engine holds the same version of the weights, or none. An engine whose process dies is replaced: set up, given the
+current weights, and its unfinished prompts are sampled again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from actors.group import RankFailure
+from rlhf.records import Group, Prompt, PushReport
+
+if TYPE_CHECKING:
+    from actors.group import ActorGroup
+    from rlhf.config import Config
+
+MAX_DEATHS = 3  # of engines, without one completed group or push in between
+REPORT_TIMEOUT = 5.0  # seconds
+PUSH_GRACE = 10.0  # seconds beyond push_timeout: the sender's own error, which says more, comes first
+
+
+class RolloutEngines:
+    """The engines of one run. `spawn(index)` creates an engine's actor; they start at once, side by side with everything else."""
+
+    def __init__(self, spawn: Callable[[int], Any], *, num_engines: int, config: Config):
+        self.spawn, self.config = spawn, config
+        self.version = 0  # of the last push
+        self.policy: ActorGroup | None = None  # who pushed it
+        self.last_push: PushReport | None = None
+        self.restarts = 0  # engines replaced so far
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.deaths = 0  # since the last completed group or push
+        self.engines = [spawn(index) for index in range(num_engines)]
+        self.starting = {index: engine.setup.remote() for index, engine in enumerate(self.engines)}
+
+    def setup(self) -> None:
+        """Wait until every engine is built. RankFailure names one that died or is not ready in call_timeout."""
+        while self.starting:
+            index, ref = next(iter(self.starting.items()))
+            try:
+                self._get(ref, index, "setup", self.config.call_timeout)
+            except RayActorError as error:
+                self._count_death(index, "setup", error)
+                self._respawn(index)
+            else:
+                del self.starting[index]
+
+    def push(self, policy: ActorGroup) -> PushReport:
+        """Give every engine the policy's weights as the next version, verified."""
+        start = time.monotonic()
+        self.policy = policy
+        self.version += 1
+        self.setup()
+        self.last_push = self._push_to(range(len(self.engines)))
+        self.deaths = 0
+        self.seconds["push"] += time.monotonic() - start
+        return self.last_push
+
+    def generate(self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None) -> Iterator[Group]:
+        """n responses to every prompt with the current weights; a group comes out when it is complete.
+
+        `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length, stop_words.
+        With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at once and in order.
+        """
+        start = time.monotonic()
+        self.setup()
+        try:
+            yield from _Generation(self, prompts, n, sampling).groups()
+        finally:
+            self.seconds["generate"] += time.monotonic() - start
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in "generate" and "push" since the last call of this."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
+
+    def replace(self, index: int, call: str, error: RayActorError) -> None:
+        """A new engine in the place of one that died during `call`, with the current weights."""
+        self._count_death(index, call, error)
+        self._respawn(index)
+        self.setup()
+        if self.policy is not None:
+            self._push_to([index])
+
+    def reports(self) -> str:
+        """One line an engine: what it is doing now."""
+        return "\n".join(f"  rollout engine {index}: {self._report(index)}" for index in range(len(self.engines)))
+
+    def _push_to(self, indices: Sequence[int]) -> PushReport:
+        engines = [self.engines[index] for index in indices]
+        try:
+            reports = self.policy.broadcast(
+                "push_weights", engines, self.version, timeout=self.config.push_timeout + PUSH_GRACE
+            )
+            for index in indices:
+                held = self._get(self.engines[index].version.remote(), index, "version", self.config.push_timeout)
+                if held != self.version:
+                    raise RankFailure(f"rollout engine {index} holds version {held} after the push of version {self.version}")
+        except (RayTaskError, RayActorError) as error:
+            if not self._replace_dead(error):
+                raise
+            return self._push_to(indices)
+        return next(report for report in reports if report is not None)
+
+    def _replace_dead(self, error: Exception) -> bool:
+        """After a push that failed: new engines for the dead ones; False when all are alive."""
+        dead = [index for index in range(len(self.engines)) if self._is_dead(index)]
+        for index in dead:
+            self._count_death(index, "push", error)
+            self._respawn(index)
+        self.setup()
+        return bool(dead)
+
+    def _is_dead(self, index: int) -> bool:
+        try:
+            ray.get(self.engines[index].version.remote(), timeout=REPORT_TIMEOUT)
+        except RayActorError:
+            return True
+        except GetTimeoutError:
+            return False
+        return False
+
+    def _respawn(self, index: int) -> None:
+        ray.kill(self.engines[index])  # if only its connection was lost: there must not be two
+        self.engines[index] = self.spawn(index)
+        self.starting[index] = self.engines[index].setup.remote()
+
+    def _count_death(self, index: int, call: str, error: Exception) -> None:
+        self.restarts += 1
+        self.deaths += 1
+        if self.deaths > MAX_DEATHS:
+            first_line = str(error).strip().split("\n")[0]
+            raise RankFailure(
+                f"rollout engine {index} died during `{call}`, the {self.deaths}th death of an engine in a row: {first_line}"
+            ) from error
+
+    def _get(self, ref: ray.ObjectRef, index: int, call: str, timeout: float) -> Any:
+        try:
+            return ray.get(ref, timeout=timeout)
+        except GetTimeoutError:
+            raise self.late(index, call, timeout) from None
+
+    def late(self, index: int, call: str, timeout: float) -> RankFailure:
+        """The error for a call that passed its deadline."""
+        option = "push_timeout" if call == "version" else "call_timeout"
+        return RankFailure(
+            f"rollout engine {index} did not finish `{call}` within {timeout:g} s (raise {option} if that is too short for "
+            f"your model). Last report: {self._report(index)}"
+        )
+
+    def _report(self, index: int) -> str:
+        try:
+            return ray.get(self.engines[index].report.remote(), timeout=REPORT_TIMEOUT)
+        except GetTimeoutError:
+            return "no answer"
+        except RayActorError:
+            return "dead"
+
+
+class _Call(NamedTuple):
+    index: int
+    engine: Any
+    prompt: Prompt
+    tokens: ray.ObjectRef
+    deadline: float
+
+
+class _Generation:
+    """One call of `generate`: which engine works on which prompt."""
+
+    def __init__(self, owner: RolloutEngines, prompts: Sequence[Prompt], n: int, sampling: Mapping[str, Any] | None):
+        self.owner, self.n, self.sampling = owner, n, sampling
+        self.timeout = owner.config.call_timeout
+        self.calls: dict[ray.ObjectRef, _Call] = {}  # by the reference of the group's summary
+        self.prompts = list(prompts)
+        self.done: set[int] = set()  # indices of prompts whose group came out
+        self.waiting: deque[Prompt] = deque()
+        # Enough to keep an engine's batch full while the controller looks elsewhere.
+        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + 1
+
+    def groups(self) -> Iterator[Group]:
+        """Every prompt's group, in the order of completion."""
+        if self.owner.config.deterministic:
+            for index in range(len(self.owner.engines)):
+                self._submit_share(index)
+        else:
+            self.waiting.extend(self.prompts)
+            self._fill()
+        while self.calls:
+            for ref in self._ready():
+                if ref in self.calls and (group := self._take(ref)) is not None:
+                    yield group
+            self._fill()
+
+    def _ready(self) -> list[ray.ObjectRef]:
+        refs = list(self.calls)
+        late = min(self.calls.values(), key=lambda call: call.deadline)
+        done, _ = ray.wait(refs, num_returns=1, timeout=max(late.deadline - time.monotonic(), 0), fetch_local=False)
+        if not done:
+            raise self.owner.late(late.index, f"generate(prompt {late.prompt.index})", self.timeout)
+        return ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+
+    def _take(self, ref: ray.ObjectRef) -> Group | None:
+        """The finished group, or None when its engine died (its prompts have been given out again)."""
+        call = self.calls[ref]
+        try:
+            summary = ray.get(ref)
+        except RayActorError as error:
+            self._recover(call, error)
+            return None
+        del self.calls[ref]
+        self.owner.deaths = 0
+        if call.prompt.index in self.done:
+            return None
+        self.done.add(call.prompt.index)
+        return Group(
+            prompt=call.prompt,
+            tokens=call.tokens,
+            texts=summary.texts,
+            finish_reasons=summary.finish_reasons,
+            response_lengths=summary.response_lengths,
+            weight_version=self.owner.version,
+        )
+
+    def _recover(self, lost: _Call, error: RayActorError) -> None:
+        prompts = [call.prompt for call in self.calls.values() if call.engine is lost.engine]
+        self.calls = {ref: call for ref, call in self.calls.items() if call.engine is not lost.engine}
+        self.owner.replace(lost.index, f"generate(prompt {lost.prompt.index})", error)
+        if self.owner.config.deterministic:
+            self._submit_share(lost.index)
+        else:
+            self.waiting.extendleft(reversed(prompts))
+
+    def _fill(self) -> None:
+        """Give waiting prompts to the engines with the fewest, as long as there is room."""
+        load = [0] * len(self.owner.engines)
+        for call in self.calls.values():
+            load[call.index] += 1
+        while self.waiting and min(load) < self.room:
+            index = load.index(min(load))
+            self._submit(index, self.waiting.popleft(), together=1)
+            load[index] += 1
+
+    def _submit_share(self, index: int) -> None:
+        """All of an engine's prompts at once, finished ones too: what a request gets may depend on what it runs beside."""
+        share = self.prompts[index :: len(self.owner.engines)]
+        for prompt in share:
+            self._submit(index, prompt, together=len(share))
+
+    def _submit(self, index: int, prompt: Prompt, *, together: int) -> None:
+        engine = self.owner.engines[index]
+        tokens, summary = engine.generate.remote(
+            prompt.index, prompt.token_ids, self.n, self.owner.version, self.sampling, together
+        )
+        self.calls[summary] = _Call(index, engine, prompt, tokens, time.monotonic() + self.timeout)

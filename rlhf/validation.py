@@ -1,0 +1,245 @@
+"""What can be found wrong before anything is loaded or started.
+
+Each is a ValueError of one line, with the numbers and the way to mend it. Reads JSON files only. Datasets and reward
+functions have checks of their own, in `rlhf.dataset_check` and `rewards.loading`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rlhf.config import Config
+from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines
+from rlhf.model_folder import ModelShape, check_files, read_shape
+
+LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
+
+
+def check_parsed(config: Config) -> None:
+    """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
+    if config.task == "rlhf" and config.rlhf_type != "grpo":
+        given = "is not supported yet; there is --rlhf_type grpo"
+        raise ValueError(
+            f"rlhf_type {config.rlhf_type} {given}" + (" (dpo is the default)" if config.rlhf_type == "dpo" else "")
+        )
+    if config.model is None:
+        raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
+    if not config.dataset:
+        raise ValueError("--dataset is missing: files (.jsonl) or hub ids")
+    if config.train_iters is None and config.num_train_epochs is None:
+        raise ValueError("give --train_iters or --num_train_epochs: the run has no length")
+
+
+def validate(config: Config) -> list[str]:
+    """Check a resolved config whose `model` is a local folder; the notes to show its user. Raises ValueError."""
+    shape = read_shape(Path(config.model))
+    check_files(Path(config.model))
+    _check_parallel(config, shape)
+    _check_batches(config)
+    _check_optimizer(config)
+    _check_recompute(config, shape)
+    _check_lora(config)
+    if config.task == "rlhf":
+        _check_grpo(config)
+        _check_rollout(config, shape)
+        _check_reference(config)
+    _check_output(config)
+    return _notes(config, shape)
+
+
+def _check_parallel(config: Config, shape: ModelShape) -> None:
+    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    ranks, each = policy_ranks(config), model_ranks(config)
+    if ranks % each:
+        raise ValueError(
+            f"{config.nnodes} nodes x {config.nproc_per_node} ranks = {ranks} policy ranks is no multiple of "
+            f"tensor_model_parallel_size {config.tensor_model_parallel_size} x pipeline_model_parallel_size "
+            f"{config.pipeline_model_parallel_size} = {each}: set --nproc_per_node (or NPROC_PER_NODE)"
+        )
+
+
+def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix: str = "") -> None:
+    """Whether a model can be split that way. Raises ValueError."""
+    name = f"{prefix}tensor_model_parallel_size {tensor_size}"
+    if shape.num_heads % tensor_size:
+        raise ValueError(f"{name} does not divide the model's {shape.num_heads} attention heads")
+    if shape.num_kv_heads % tensor_size and tensor_size % shape.num_kv_heads:
+        raise ValueError(
+            f"{name} neither divides nor is a multiple of the model's {shape.num_kv_heads} key-value heads"
+        )
+    if shape.ffn_size % tensor_size:
+        raise ValueError(f"{name} does not divide the model's intermediate_size {shape.ffn_size}")
+    if shape.num_layers % pipeline_size:
+        name = f"{prefix}pipeline_model_parallel_size {pipeline_size}"
+        raise ValueError(f"{name} does not divide the model's {shape.num_layers} layers")
+
+
+def _check_batches(config: Config) -> None:
+    batch, micro, copies = config.global_batch_size, config.micro_batch_size, data_ranks(config)
+    if config.micro_batch_tokens is None and batch % (micro * copies):
+        raise ValueError(
+            f"global_batch_size {batch} must be a multiple of micro_batch_size {micro} x {copies} data-parallel ranks "
+            f"= {micro * copies} (ranks {policy_ranks(config)} / TP*PP {model_ranks(config)} = {copies})"
+        )
+    if batch < copies:
+        raise ValueError(
+            f"global_batch_size {batch} is less than the {copies} data-parallel ranks: each needs a sequence"
+        )
+    if config.task == "rlhf" and config.generation_batch_size % config.num_generations:
+        raise ValueError(
+            f"global_batch_size {batch} x steps_per_generation {config.steps_per_generation} = "
+            f"{config.generation_batch_size} responses is no multiple of num_generations {config.num_generations}: "
+            "prompts a generation must be a whole number"
+        )
+    if config.max_length and config.packing_length and config.packing_length < config.max_length:
+        raise ValueError(
+            f"packing_length {config.packing_length} is less than max_length {config.max_length}: a row must fit"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.min_lr > config.lr:
+        raise ValueError(f"min_lr {config.min_lr:g} is greater than lr {config.lr:g}")
+    if config.lr_warmup_iters and config.lr_warmup_fraction is not None:
+        raise ValueError("give --lr_warmup_iters or --lr_warmup_fraction, not both")
+    if config.num_train_epochs is None and config.lr_warmup_iters >= config.train_iters:
+        raise ValueError(f"lr_warmup_iters {config.lr_warmup_iters} must be less than train_iters {config.train_iters}")
+    if not config.finetune and config.resume_from_checkpoint is None:
+        raise ValueError(
+            "--finetune false continues a run: say which, by --resume_from_checkpoint auto or a checkpoint folder"
+        )
+
+
+def _check_recompute(config: Config, shape: ModelShape) -> None:
+    if config.recompute_granularity == "full":
+        if config.recompute_method is None or config.recompute_num_layers is None:
+            raise ValueError(
+                "recompute_granularity full also needs --recompute_method uniform and --recompute_num_layers 1"
+            )
+        stage = shape.num_layers // config.pipeline_model_parallel_size
+        if config.recompute_num_layers > stage:
+            raise ValueError(
+                f"recompute_num_layers {config.recompute_num_layers} is more than the {stage} layers of a rank"
+            )
+        return
+    given = {"recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is for recompute_granularity full, not {config.recompute_granularity}")
+    for name in config.recompute_modules:
+        if name not in RECOMPUTE_MODULES:
+            raise ValueError(f"recompute_modules {name!r}: choose from {', '.join(RECOMPUTE_MODULES)}")
+
+
+def _check_lora(config: Config) -> None:
+    if config.tuner_type != "lora":
+        return
+    for name in config.target_modules:
+        if name not in LORA_MODULES:
+            raise ValueError(
+                f"target_modules {name!r}: choose from {', '.join(LORA_MODULES)} "
+                "(linear_qkv: q, k and v; linear_proj: o; linear_fc1: gate and up; linear_fc2: down)"
+            )
+
+
+def _check_grpo(config: Config) -> None:
+    if not config.reward_funcs:
+        raise ValueError(
+            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"
+        )
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
+        raise ValueError(f"{len(config.reward_weights)} reward_weights for {len(config.reward_funcs)} reward_funcs")
+    if config.num_generations < 2:
+        raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
+    if config.truncation_strategy == "right":
+        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
+    if "soft_overlong" in config.reward_funcs:
+        if config.soft_cache_length is None:
+            raise ValueError("reward soft_overlong needs --soft_cache_length")
+        if config.soft_cache_length > config.soft_max_length:
+            raise ValueError(
+                f"soft_cache_length {config.soft_cache_length} is more than soft_max_length {config.soft_max_length}"
+            )
+    if config.top_k == 0:
+        raise ValueError("top_k 0 leaves no token: use -1 for all")
+
+
+def _check_rollout(config: Config, shape: ModelShape) -> None:
+    if shape.num_heads % config.vllm_tensor_parallel_size:
+        size = config.vllm_tensor_parallel_size
+        raise ValueError(
+            f"vllm_tensor_parallel_size {size} does not divide the model's {shape.num_heads} attention heads"
+        )
+    limit = config.vllm_max_model_len or shape.max_length
+    if limit and config.max_completion_length >= limit:
+        name = "the model's limit" if limit == shape.max_length else "vllm_max_model_len"
+        given = f"max_completion_length {config.max_completion_length}"
+        raise ValueError(f"{given} leaves no room for a prompt: {name} is {limit} tokens")
+    if limit and shape.max_length and limit > shape.max_length:
+        raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
+    ranks, engines, each = policy_ranks(config), rollout_engines(config), config.vllm_tensor_parallel_size
+    if config.vllm_mode == "colocate" and (engines == 0 or engines * each > ranks):
+        raise ValueError(
+            f"vllm_mode colocate has {ranks} policy ranks to share; "
+            f"{max(engines, 1)} engines x vllm_tensor_parallel_size {each} need {max(engines, 1) * each}"
+        )
+
+
+def _check_reference(config: Config) -> None:
+    role = config.reference
+    given = [name for name, value in vars(role).items() if value is not None]
+    if given and not needs_reference(config):
+        why = "beta is 0" if not config.beta else "with LoRA the policy itself is the reference, its adapter disabled"
+        raise ValueError(f"--reference.{given[0]} has nothing to act on: {why}")
+    if not given:
+        return
+    folder = Path(role.model).expanduser() if role.model else Path(config.model)
+    tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
+    pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    check_layout(read_shape(folder), tensor, pipeline, "reference.")
+    ranks = role.nproc or policy_ranks(config)
+    if ranks % (tensor * pipeline):
+        raise ValueError(
+            f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
+        )
+
+
+def _check_output(config: Config) -> None:
+    if config.run_name is not None and (
+        Path(config.run_name).name != config.run_name or config.run_name in (".", "..")
+    ):
+        raise ValueError(f"run_name {config.run_name!r} is a folder's name, without slashes; its place is --output_dir")
+    folder = Path(config.output_dir)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {folder}: {existing} is a file")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written: {existing}: {error.strerror}") from None
+    resume = config.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint {resume}: no such folder")
+
+
+def _notes(config: Config, shape: ModelShape) -> list[str]:
+    notes = []
+    if config.num_train_epochs is not None and config.train_iters is not None:
+        notes.append(
+            f"num_train_epochs {config.num_train_epochs} sets the length of the run; "
+            f"train_iters {config.train_iters} is not used"
+        )
+    if config.no_save_optim:
+        notes.append("no_save_optim: this run cannot be resumed from its checkpoints")
+    if config.task == "rlhf" and config.kl_in_reward and not config.beta:
+        notes.append("kl_in_reward has no effect with beta 0")
+    if config.task == "rlhf" and config.max_length and shape.max_length:
+        longest, limit = config.max_length + config.max_completion_length, config.vllm_max_model_len or shape.max_length
+        if longest > limit and config.max_length < shape.max_length:
+            notes.append(
+                f"max_length {config.max_length} + max_completion_length {config.max_completion_length} = {longest} "
+                f"exceeds the {limit} tokens an engine holds: the longest prompts get shorter responses"
+            )
+    return notes

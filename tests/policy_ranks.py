@@ -1,0 +1,216 @@
+"""Policy ranks for tests: real Ray actors that build one policy after another, so that imports are paid once a process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from rlhf.records import GroupTokens, RowTokens, SequenceRef, Shard
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPERATURE = 0.8
+
+
+def policy_config(model: Path, **options: Any) -> SimpleNamespace:
+    """The attributes of the run's config that a policy rank reads."""
+    role = SimpleNamespace(model=None, tensor_model_parallel_size=None, pipeline_model_parallel_size=None, nproc=None)
+    defaults = {
+        "task": "rlhf",
+        "model": str(model),
+        "torch_dtype": None,
+        "seed": 42,
+        "temperature": TEMPERATURE,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "use_distributed_optimizer": True,
+        "train_iters": 10,
+        "num_train_epochs": None,
+        "recompute_granularity": "selective",
+        "recompute_method": None,
+        "recompute_num_layers": None,
+        "recompute_modules": ["core_attn"],
+        "attention_backend": "flash",
+        "cross_entropy_loss_fusion": True,
+        "lr": 1e-3,
+        "min_lr": 0.0,
+        "lr_decay_style": "cosine",
+        "lr_warmup_iters": 0,
+        "lr_warmup_fraction": None,
+        "weight_decay": 0.1,
+        "clip_grad": 1.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_eps": 1e-6,
+        "tuner_type": "full",
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.0,
+        "target_modules": ["all-linear"],
+        "merge_lora": None,
+        "save_safetensors": True,
+        "no_save_optim": False,
+        "no_save_rng": False,
+        "call_timeout": 120.0,
+        "push_timeout": 60.0,
+        "deterministic": False,
+        "megatron": {},
+        "reference": role,
+    }
+    unknown = set(options) - set(defaults)
+    assert not unknown, unknown
+    return SimpleNamespace(**(defaults | options))
+
+
+class PolicyHost:
+    """A process that holds one rank after another."""
+
+    def start(self, config: Any, rank: int, world_size: int, frozen: bool = False) -> None:
+        from actors.frozen import Frozen
+        from actors.policy import Policy
+
+        self.stop()
+        self.held = (Frozen if frozen else Policy)(config, rank=rank, world_size=world_size)
+
+    def stop(self) -> None:
+        import sys
+
+        if "megatron.core" not in sys.modules:
+            return
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+        for name in ("FLASH", "FUSED", "UNFUSED"):
+            os.environ.pop(f"NVTE_{name}_ATTN", None)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.held, method)(*args)
+
+
+@dataclass
+class Hosts:
+    """The processes of a test session; `start` makes them a group."""
+
+    actors: list[Any]
+
+    def start(self, config: Any, size: int, *, frozen: bool = False) -> Group:
+        import ray
+
+        used = self.actors[:size]
+        ray.get([actor.start.remote(config, rank, size, frozen) for rank, actor in enumerate(used)])
+        master = ray.get(used[0].call.remote("node_address"))
+        infos = ray.get([actor.call.remote("setup", master) for actor in used], timeout=120)
+        return Group(actors=used, infos=infos)
+
+
+@dataclass
+class Group:
+    """A started policy; calls go to every rank."""
+
+    actors: list[Any]
+    infos: list[Any]
+
+    @property
+    def data_size(self) -> int:
+        return self.infos[0].data_size
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        import ray
+
+        return ray.get([actor.call.remote(method, *args) for actor in self.actors], timeout=120)
+
+    def on_shards(self, method: str, shards: list[Shard], *args: Any) -> list[Any]:
+        """The results of the ranks that return some."""
+        import ray
+
+        refs = [
+            actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)
+        ]
+        results = ray.get(refs, timeout=120)
+        for result, info in zip(results, self.infos):
+            assert (result is not None) == info.returns_logprobs
+        return [result for result in results if result is not None]
+
+    def logprobs(self, shards: list[Shard], *args: Any) -> dict[int, np.ndarray]:
+        merged: dict[int, np.ndarray] = {}
+        for part in self.on_shards("logprobs", shards, *args):
+            merged |= part
+        return merged
+
+    def train_step(self, shards: list[Shard], *args: Any) -> dict[str, float]:
+        """The metrics, which every returning rank must agree on."""
+        results = self.on_shards("train_step", shards, *args)
+        assert all(result == results[0] for result in results), results
+        return results[0]
+
+
+def start_hosts(count: int) -> Hosts:
+    import ray
+
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    kind = ray.remote(PolicyHost).options(num_cpus=1, runtime_env={"env_vars": environment})
+    return Hosts(actors=[kind.remote() for _ in range(count)])
+
+
+def random_rows(count: int, *, seed: int = 0, longest: int = 40, vocabulary: int = 512) -> RowTokens:
+    """Rows of random tokens; the first 2 tokens of each are not trained."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(5, longest, count)
+    return RowTokens(
+        token_ids=tuple(generator.integers(3, vocabulary, length).astype(np.int32) for length in lengths),
+        loss_masks=tuple(np.r_[0, 0, np.ones(length - 2)].astype(np.float32) for length in lengths),
+    )
+
+
+def shards_of(
+    rows: RowTokens, source: Any, split: list[list[list[int]]], advantages: np.ndarray | None = None
+) -> list[Shard]:
+    """One shard for each data rank; `split[data rank][micro batch]` names rows. Every trained token has the same weight."""
+    total = int(sum(mask.sum() for mask in rows.loss_masks))
+
+    def reference(item: int) -> SequenceRef:
+        advantage = 0.0 if advantages is None else float(advantages[item])
+        length = len(rows.token_ids[item])
+        return SequenceRef(source=0, item=item, key=100 + item, length=length, weight=1 / total, advantage=advantage)
+
+    return [
+        Shard(
+            sources=(source,),
+            micro_batches=tuple(tuple(reference(item) for item in items) for items in micro_batches),
+            num_tokens=total,
+            num_sequences=len(rows.token_ids),
+        )
+        for micro_batches in split
+    ]
+
+
+def as_group(rows: RowTokens, prompt: int, rollout_logprobs: list[np.ndarray]) -> GroupTokens:
+    """Rows that share their first `prompt` tokens as responses of one prompt."""
+    return GroupTokens(
+        prompt_ids=rows.token_ids[0][:prompt],
+        response_ids=tuple(ids[prompt:] for ids in rows.token_ids),
+        rollout_logprobs=tuple(rollout_logprobs),
+    )
+
+
+def ratio_loss(logprobs, batch):
+    """A policy-gradient loss that reads every field of a micro batch: ratio to the old logprobs times advantage."""
+    ratio = (logprobs - batch.old_logprobs).exp()
+    weights = batch.weights * batch.loss_mask
+    loss = -(weights * ratio * batch.advantages).sum() - 0.1 * (weights * (logprobs - batch.ref_logprobs)).sum()
+    tokens = batch.loss_mask.sum() / batch.num_tokens
+    return loss, {"tokens": tokens, "max_ratio": (ratio * batch.loss_mask).max().detach()}
+
+
+def nll_loss(logprobs, batch):
+    """Negative log likelihood of the trained tokens, and their number."""
+    loss = -(batch.weights * batch.loss_mask * logprobs).sum()
+    return loss, {"count": batch.loss_mask.sum()}

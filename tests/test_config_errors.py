@@ -1,0 +1,204 @@
+"""What a wrong command is told: one line, with the numbers, before anything is loaded."""
+
+# ruff: noqa: E501 - a table of whole messages
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.options import load_config
+from tests.model_json import TINY, write_model
+
+BASE = "--model m --dataset d.jsonl --train_iters 2 --rlhf_type grpo --reward_funcs accuracy"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    for name in ("NPROC_PER_NODE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MEGARAY_OUTPUT_ROOT", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m", TINY)
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+def error_of(words: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_config(words.split())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_base_of_these_commands_is_accepted():
+    assert load_config(["rlhf", *BASE.split()]).global_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the first word is sft, rlhf, plan or check, not ''"),
+        ("rlfh --lr 1", "the first word is sft, rlhf, plan or check, not 'rlfh'; did you mean rlhf?"),
+        ("pt --lr 1", "pt is known but not supported yet; there are sft, rlhf, plan and check"),
+        ("export", "export is known but not supported yet; there are sft, rlhf, plan and check"),
+        ("rlhf lr 1", "expected an option that starts with --, not 'lr'"),
+        ("rlhf --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
+        ("rlhf --learning_rate 3", "unknown option --learning_rate; here it is --lr"),
+        ("rlhf --zzz 3", "unknown option --zzz; --help lists them"),
+        ("rlhf --rollout.num_engine 2", "unknown option --rollout.num_engine; did you mean --rollout.num_engines?"),
+        ("rlhf --megatron 2", "--megatron is a section: write --megatron.NAME VALUE"),
+        ("sft --num_generations 4", "--num_generations is not used by sft; it belongs to rlhf"),
+        ("sft --vllm.block_size 4", "--vllm is not used by sft; it belongs to rlhf"),
+        ("rlhf --packing true", "--packing is not used by rlhf; it belongs to sft"),
+        ("rlhf --lr fast", "--lr takes a number, not 'fast'"),
+        ("rlhf --lr nan", "--lr takes a number, not 'nan'"),
+        ("rlhf --lr", "--lr takes one value, got none"),
+        ("rlhf --lr 1 2", "--lr takes one value, got 2: 1 2"),
+        ("rlhf --reward_funcs", "--reward_funcs takes one value or more, got none"),
+        ("rlhf --save_steps 1.5", "--save_steps takes a whole number, not '1.5'"),
+        ("rlhf --use_hf maybe", "--use_hf takes true or false, not 'maybe'"),
+        ("rlhf --vllm_mode colocated", "--vllm_mode is one of colocate, server, not 'colocated'"),
+        ("rlhf --report_to swanlab", "--report_to is one of tensorboard, wandb, none, not 'swanlab'"),
+        ("rlhf --train_iters 0", "--train_iters must be at least 1, not 0"),
+        ("rlhf --micro_batch_size -1", "--micro_batch_size must be at least 1, not -1"),
+        ("rlhf --temperature 0", "--temperature must be greater than 0, not 0.0"),
+        ("rlhf --top_p 1.5", "--top_p must be at most 1, not 1.5"),
+        ("rlhf --context_parallel_size 2", "option --context_parallel_size is known but not supported (only 1 is): context parallelism is not supported yet"),
+        ("rlhf --padding_free false", "option --padding_free is known but not supported (only true is): rows are always packed without padding"),
+        ("rlhf --teacher_model x", "option --teacher_model is known but not supported: teachers (rlhf_type gkd) are not supported yet"),
+        ("rlhf --offload_model true", "option --offload_model is known but not supported (only false is): offloading is not supported yet"),
+        ("rlhf --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_words_that_are_not_understood(words, message):
+    assert error_of(words) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rlhf_type dpo", "rlhf_type dpo is not supported yet; there is --rlhf_type grpo (dpo is the default)"),
+        ("--rlhf_type kto", "rlhf_type kto is not supported yet; there is --rlhf_type grpo"),
+        ("--model nowhere", "--model nowhere: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"),
+        ("--model d.jsonl", "--model d.jsonl is a file: give the folder that holds config.json"),
+        ("--global_batch_size 12", "global_batch_size 12 x steps_per_generation 1 = 12 responses is no multiple of num_generations 8: prompts a generation must be a whole number"),
+        ("--global_batch_size 12 --steps_per_generation 3", "global_batch_size 12 x steps_per_generation 3 = 36 responses is no multiple of num_generations 8: prompts a generation must be a whole number"),
+        ("--generation_batch_size 24", "generation_batch_size 24 must be a multiple of global_batch_size 16"),
+        ("--generation_batch_size 32 --steps_per_generation 3", "generation_batch_size 32 is not global_batch_size 16 x steps_per_generation 3 = 48: give one of them"),
+        ("--nproc_per_node 4 --micro_batch_size 8", "global_batch_size 16 must be a multiple of micro_batch_size 8 x 4 data-parallel ranks = 32 (ranks 4 / TP*PP 1 = 4)"),
+        ("--nproc_per_node 32 --micro_batch_tokens 99", "global_batch_size 16 is less than the 32 data-parallel ranks: each needs a sequence"),
+        ("--nproc_per_node 3 --tensor_model_parallel_size 2", "1 nodes x 3 ranks = 3 policy ranks is no multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 = 2: set --nproc_per_node (or NPROC_PER_NODE)"),
+        ("--tensor_model_parallel_size 3", "tensor_model_parallel_size 3 does not divide the model's 4 attention heads"),
+        ("--pipeline_model_parallel_size 3", "pipeline_model_parallel_size 3 does not divide the model's 2 layers"),
+        ("--vllm_tensor_parallel_size 3", "vllm_tensor_parallel_size 3 does not divide the model's 4 attention heads"),
+        ("--vllm_tensor_parallel_size 2", "vllm_mode colocate has 1 policy ranks to share; 1 engines x vllm_tensor_parallel_size 2 need 2"),
+        ("--rollout.num_engines 2", "vllm_mode colocate has 1 policy ranks to share; 2 engines x vllm_tensor_parallel_size 1 need 2"),
+        ("--min_lr 1", "min_lr 1 is greater than lr 1e-05"),
+        ("--lr_warmup_iters 2", "lr_warmup_iters 2 must be less than train_iters 2"),
+        ("--lr_warmup_iters 1 --lr_warmup_fraction 0.5", "give --lr_warmup_iters or --lr_warmup_fraction, not both"),
+        ("--recompute_granularity full", "recompute_granularity full also needs --recompute_method uniform and --recompute_num_layers 1"),
+        ("--recompute_method uniform", "recompute_method is for recompute_granularity full, not selective"),
+        ("--recompute_modules moe", "recompute_modules 'moe': choose from core_attn, layernorm, mlp"),
+        ("--tuner_type lora --target_modules q_proj", "target_modules 'q_proj': choose from all-linear, linear_qkv, linear_proj, linear_fc1, linear_fc2 (linear_qkv: q, k and v; linear_proj: o; linear_fc1: gate and up; linear_fc2: down)"),
+        ("--reward_weights 1 2", "2 reward_weights for 1 reward_funcs"),
+        ("--num_generations 1", "num_generations 1 gives every response advantage 0: use at least 2"),
+        ("--truncation_strategy right", "truncation_strategy right would cut the question's end: use left or delete"),
+        ("--reward_funcs soft_overlong", "reward soft_overlong needs --soft_cache_length"),
+        ("--top_k 0", "top_k 0 leaves no token: use -1 for all"),
+        ("--max_completion_length 2048", "max_completion_length 2048 leaves no room for a prompt: the model's limit is 2048 tokens"),
+        ("--max_completion_length 99 --vllm_max_model_len 99", "max_completion_length 99 leaves no room for a prompt: vllm_max_model_len is 99 tokens"),
+        ("--vllm_max_model_len 4096", "vllm_max_model_len 4096 is more than the model's limit of 2048 tokens"),
+        ("--beta 0 --reference.nproc 1", "--reference.nproc has nothing to act on: beta is 0"),
+        ("--reference.nproc 3 --reference.tensor_model_parallel_size 2", "reference: 3 ranks is no multiple of its TP 2 x PP 1 = 2"),
+        ("--finetune false", "--finetune false continues a run: say which, by --resume_from_checkpoint auto or a checkpoint folder"),
+        ("--run_name a/b", "run_name 'a/b' is a folder's name, without slashes; its place is --output_dir"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work(words, message):
+    assert error_of(f"rlhf {BASE} {words}") == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sft --dataset d --train_iters 1", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct"),
+        ("sft --model m --train_iters 1", "--dataset is missing: files (.jsonl) or hub ids"),
+        ("sft --model m --dataset d", "give --train_iters or --num_train_epochs: the run has no length"),
+        ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"),
+    ],
+)  # fmt: skip
+def test_what_is_missing(words, message):
+    assert error_of(words) == message
+
+
+def test_a_hub_id_that_cannot_be_had():
+    message = error_of(f"rlhf {BASE} --use_hf --model nobody/nothing")
+    assert message.startswith("--model nobody/nothing: no such folder here, and Hugging Face did not give it")
+
+
+def test_broken_model_folders(folder):
+    config = folder / "m" / "config.json"
+    config.write_text('{"hidden_size": ')
+    assert "m/config.json is not JSON: Expecting value: line 1 column 17" in error_of(f"rlhf {BASE}")
+    config.write_text("[]")
+    assert error_of(f"rlhf {BASE}").endswith("m/config.json: expected an object, found a list")
+    config.unlink()
+    assert error_of(f"rlhf {BASE}").endswith("m/config.json: No such file or directory; is this a model folder?")
+    for key, value, message in (
+        ("num_experts", 8, "qwen3 is a mixture-of-experts model, which is not supported yet"),
+        ("vision_config", {}, "qwen3 is a multimodal model, which is not supported yet"),
+        ("architectures", ["BertModel"], "BertModel is not a causal language model (...ForCausalLM)"),
+        ("hidden_size", "wide", "config.json is broken: invalid literal for int() with base 10: 'wide'"),
+        (
+            "dtype",
+            "float16",
+            "the model's weights are float16, which is not trained in: give --torch_dtype bfloat16 or float32",
+        ),
+    ):
+        config.write_text(json.dumps(TINY | {key: value}))
+        assert error_of(f"rlhf {BASE}").endswith(message)
+    config.write_text(json.dumps({key: value for key, value in TINY.items() if key != "intermediate_size"}))
+    assert error_of(f"rlhf {BASE}").endswith("config.json lacks intermediate_size: qwen3 is not supported")
+
+
+def test_a_model_without_tokenizer_or_weights(folder):
+    (folder / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x-1", "b": "x-2"}}))
+    (folder / "m" / "x-1").write_bytes(b"")
+    assert error_of(f"rlhf {BASE}") == f"{folder}/m lacks 1 of 2 weight files, the first is x-2"
+    (folder / "m" / "model.safetensors.index.json").unlink()
+    (folder / "m" / "model.safetensors").unlink()
+    assert error_of(f"rlhf {BASE}") == f"{folder}/m has no weights (*.safetensors)"
+    (folder / "m" / "tokenizer.json").unlink()
+    assert (
+        error_of(f"rlhf {BASE}")
+        == f"{folder}/m has no tokenizer (tokenizer.json or tokenizer.model): save it there too"
+    )
+
+
+def test_an_output_folder_that_cannot_be_written(folder):
+    assert (
+        error_of(f"rlhf {BASE} --output_dir d.jsonl/x") == f"output_dir {folder}/d.jsonl/x: {folder}/d.jsonl is a file"
+    )
+    assert error_of(f"rlhf {BASE} --output_dir /proc/x").startswith("output_dir /proc/x cannot be written: /proc: ")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [1", "--config c.yaml is not YAML: "),
+        ("- 3", "--config c.yaml: expected lines of `name: value`, found a list"),
+        ("lrr: 3", "unknown option --lrr; did you mean --lr?"),
+        ("rollout: {engines: 3}", "unknown option --rollout.engines; did you mean --rollout.num_engines?"),
+        ("use_hf: 3", "--use_hf takes true or false, not '3'"),
+        ("train_iters: true", "--train_iters takes a whole number, not 'True'"),
+        ("train_iters: 2.5", "--train_iters takes a whole number, not '2.5'"),
+        ("model: {a: 3}", "--model takes a text, not "),
+    ],
+)
+def test_yaml_that_is_not_understood(folder, text, message):
+    (folder / "c.yaml").write_text(text)
+    assert error_of("rlhf --config c.yaml").startswith(message)

@@ -1,0 +1,218 @@
+"""The published Megatron-SWIFT commands, word for word: `megatron` replaced by `megaray`, paths by files that exist."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlhf.counts import data_ranks
+from rlhf.options import load_config
+from tests.model_json import QWEN25_7B, write_model
+
+DENSE_SFT = """
+    megatron sft
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --save_safetensors true
+    --dataset 'AI-ModelScope/alpaca-gpt4-data-zh#500'
+              'AI-ModelScope/alpaca-gpt4-data-en#500'
+    --tensor_model_parallel_size 2
+    --sequence_parallel true
+    --micro_batch_size 16
+    --global_batch_size 16
+    --recompute_granularity full
+    --recompute_method uniform
+    --recompute_num_layers 1
+    --finetune true
+    --cross_entropy_loss_fusion true
+    --lr 1e-5
+    --lr_warmup_fraction 0.05
+    --min_lr 1e-6
+    --num_train_epochs 1
+    --output_dir megatron_output/Qwen2.5-7B-Instruct
+    --save_steps 100
+    --max_length 2048
+    --dataloader_num_workers 4
+    --no_save_optim true
+    --no_save_rng true
+    --dataset_num_proc 4
+"""
+LORA_SFT = (
+    DENSE_SFT.replace("--lr 1e-5", "--lr 1e-4").replace("--min_lr 1e-6", "--min_lr 1e-5")
+    + """
+    --merge_lora false
+    --tuner_type lora
+    --lora_rank 8
+    --lora_alpha 32
+    --target_modules all-linear
+"""
+)
+GRPO = """
+    megatron rlhf
+    --rlhf_type grpo
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --save_safetensors true
+    --dataset /path/to/grpo_data.jsonl
+    --reward_funcs accuracy format
+    --num_generations 8
+    --max_completion_length 2048
+    --tensor_model_parallel_size 2
+    --sequence_parallel true
+    --micro_batch_size 1
+    --global_batch_size 8
+    --recompute_granularity full
+    --recompute_method uniform
+    --recompute_num_layers 1
+    --finetune true
+    --cross_entropy_loss_fusion true
+    --lr 5e-7
+    --beta 0.04
+    --num_train_epochs 1
+    --output_dir megatron_output/grpo
+    --no_save_optim true
+    --no_save_rng true
+"""
+GRPO_SERVER = """
+    megatron rlhf
+    --rlhf_type grpo
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --save_safetensors true
+    --vllm_mode server
+    --dataset /path/to/data.jsonl
+    --reward_funcs accuracy format
+    --num_generations 8
+    --tensor_model_parallel_size 2
+    --sequence_parallel true
+    --micro_batch_size 1
+    --global_batch_size 8
+    --output_dir megatron_output/grpo
+    --no_save_optim true
+    --no_save_rng true
+"""
+MOE_SFT = """
+    megatron sft
+    --model Qwen/Qwen3-30B-A3B-Instruct-2507
+    --use_hf
+    --save_safetensors true
+    --dataset 'your_dataset#20000'
+    --load_from_cache_file true
+    --moe_permute_fusion true
+    --pipeline_model_parallel_size 2
+    --expert_model_parallel_size 4
+"""
+MULTIMODAL_SFT = """
+    megatron sft
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --save_safetensors true
+    --dataset /path/to/data.jsonl
+    --tensor_model_parallel_size 2
+    --sequence_parallel true
+    --packing true
+    --freeze_llm false
+    --freeze_vit true
+    --freeze_aligner true
+    --micro_batch_size 1
+    --global_batch_size 4
+    --recompute_granularity full
+    --recompute_method uniform
+    --recompute_num_layers 1
+    --finetune true
+    --num_train_epochs 1
+    --max_length 2048
+    --attention_backend flash
+"""
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path):
+    """Reads a command with NPROC_PER_NODE in its environment."""
+    model = write_model(tmp_path / "model", QWEN25_7B)
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+
+    def read(command: str, nproc: int):
+        monkeypatch.setenv("NPROC_PER_NODE", str(nproc))
+        words = shlex.split(command)[1:]
+        for old, new in {
+            "Qwen/Qwen2.5-7B-Instruct": model,
+            "/path/to/grpo_data.jsonl": data,
+            "/path/to/data.jsonl": data,
+        }.items():
+            words = [str(new) if word == old else word for word in words]
+        return load_config(words)
+
+    return read
+
+
+def test_dense_sft(read):
+    config = read(DENSE_SFT, 2)
+    assert (config.lr, config.min_lr, config.lr_warmup_fraction, config.num_train_epochs) == (1e-5, 1e-6, 0.05, 1)
+    assert (config.tensor_model_parallel_size, config.sequence_parallel, data_ranks(config)) == (2, True, 1)
+    assert config.dataset == ["AI-ModelScope/alpaca-gpt4-data-zh#500", "AI-ModelScope/alpaca-gpt4-data-en#500"]
+    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == (
+        "full",
+        "uniform",
+        1,
+    )
+    assert (config.no_save_optim, config.no_save_rng, config.use_hf, config.torch_dtype) == (
+        True,
+        True,
+        True,
+        "bfloat16",
+    )
+    assert (config.dataset_num_proc, config.dataloader_num_workers, config.save_steps) == (4, 4, 100)
+
+
+def test_lora_sft(read):
+    config = read(LORA_SFT, 2)
+    assert (config.tuner_type, config.lora_rank, config.lora_alpha, config.merge_lora) == ("lora", 8, 32, False)
+    assert (config.lr, config.min_lr, config.target_modules) == (1e-4, 1e-5, ["all-linear"])
+
+
+def test_grpo(read):
+    config = read(GRPO, 4)
+    assert (config.vllm_mode, config.reward_funcs, config.beta, config.lr) == (
+        "colocate",
+        ["accuracy", "format"],
+        0.04,
+        5e-7,
+    )
+    assert (config.generation_batch_size // config.num_generations, data_ranks(config)) == (1, 2)
+    assert (config.max_length, config.vllm_max_model_len) == (32768 - 2048, 32768)
+
+
+def test_grpo_server_mode_lacks_a_length_and_then_works(read):
+    with pytest.raises(ValueError, match="give --train_iters or --num_train_epochs: the run has no length"):
+        read(GRPO_SERVER, 4)
+    config = read(GRPO_SERVER + "--num_train_epochs 1", 4)
+    assert (config.vllm_mode, config.max_completion_length, config.lr, config.beta) == ("server", 512, 1e-5, 0.04)
+
+
+def test_the_multimodal_command_works_on_a_text_model(read):
+    config = read(MULTIMODAL_SFT, 2)
+    assert (config.packing, config.packing_length, config.micro_batch_tokens) == (True, 2048, 2048)
+
+
+def test_moe_is_refused_by_name(read):
+    with pytest.raises(ValueError, match="option --moe_permute_fusion is known but not supported .*mixture-of-experts"):
+        read(MOE_SFT, 8)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "gkd", "rm"])
+def test_other_algorithms_are_refused_by_name(read, algorithm):
+    with pytest.raises(ValueError, match=f"rlhf_type {algorithm} is not supported yet"):
+        read(f"megatron rlhf --rlhf_type {algorithm} --model Qwen/Qwen2.5-7B-Instruct --beta 0.1 --train_iters 1", 2)
+
+
+def test_shipped_yaml_files_are_complete_but_for_model_and_data(read):
+    configs = Path(__file__).parent.parent / "configs"
+    common = "--model Qwen/Qwen2.5-7B-Instruct --dataset /path/to/data.jsonl"
+    grpo = read(f"megaray rlhf --config {configs}/grpo.yaml {common} --reward_funcs accuracy", 4)
+    assert (grpo.global_batch_size, grpo.lr, grpo.rollout_importance_sampling_mode) == (128, 1e-6, "token_truncate")
+    sft = read(f"megaray sft --config {configs}/sft.yaml {common}", 4)
+    assert (sft.micro_batch_tokens, sft.max_length, sft.lr) == (8192, 2048, 1e-5)

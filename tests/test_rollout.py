@@ -1,0 +1,365 @@
+"""Real vLLM engines behind real Ray actors: what they sample, what they refuse, how they are replaced.
+
+The expected numbers come from Hugging Face's model in float32 on the same tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from tiny import make_tiny_model
+
+from actors.group import ActorGroup, RankFailure
+from actors.rollout import ENVIRONMENT, RolloutEngine
+from rlhf.config import Config
+from rlhf.records import Group, Prompt
+from rlhf.rollout import RolloutEngines
+
+ROOT = Path(__file__).resolve().parent.parent
+EOS, TURN_START = 2, 1  # token ids of tests/tiny.py's tokenizer
+TOLERANCE = 1e-4  # of a logprob, nats
+
+
+class Sender:
+    """Pushes a safetensors file through the real sending code; `tamper` names what is wrong with the push."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.tamper = folder, ""
+
+    def push(self, folder: Path, tamper: str = "") -> None:
+        self.folder, self.tamper = folder, tamper
+
+    def push_weights(self, engines, version: int):
+        from safetensors.torch import load_file
+
+        from actors.weights.push import push_weights
+        from actors.weights.transport import ObjectStore
+
+        weights, tamper = load_file(self.folder / "model.safetensors"), self.tamper
+
+        class Damaging(ObjectStore):
+            def send(self, data):
+                words = data.clone().view(int_type := __import__("torch").int32)
+                assert words.dtype == int_type
+                if tamper == "flipped bit":
+                    words[1000] ^= 1 << 20
+                if tamper == "swapped words":
+                    words[[1000, 1001]] = words[[1001, 1000]]
+                return super().send(words.view(data.dtype))
+
+        if tamper == "missing":
+            del weights["model.norm.weight"]
+        if tamper == "unknown":
+            weights["model.norm.wait"] = weights["model.norm.weight"]
+        if tamper == "nan":
+            weights["model.norm.weight"][3] = float("nan")
+        version = version - 1 if tamper == "stale" else version
+        # 100,000 bytes: several buckets, tensors larger than one, fused layers spread over two
+        return push_weights(weights.items(), engines, version, bucket_bytes=100_000, timeout=60, transport=Damaging())
+
+    def report(self) -> str:
+        return "ready"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_tiny_model(folder / name, seed=seed, head_dim=32) for seed, name in enumerate("ab")}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": environment}
+    )
+    yield
+    ray.shutdown()
+
+
+def settings(model: Path, **options) -> Config:
+    defaults = dict(
+        torch_dtype="float32",
+        vllm_enforce_eager=True,
+        vllm_max_model_len=512,
+        max_completion_length=16,
+        temperature=1.0,
+        deterministic=True,
+        call_timeout=200,
+        push_timeout=60,
+    )
+    return Config(task="rlhf", model=str(model), **(defaults | options))
+
+
+def start_engines(config: Config, count: int) -> RolloutEngines:
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index)
+
+    return RolloutEngines(spawn, num_engines=count, config=config)
+
+
+@pytest.fixture(scope="module")
+def misspelt(cluster, models) -> RolloutEngines:
+    return start_engines(settings(models["a"], vllm={"max_num_seq": 8}), 1)
+
+
+@pytest.fixture(scope="module")
+def started(cluster, models, misspelt) -> RolloutEngines:
+    """Two engines with their own random weights, never those of a or b until they are pushed."""
+    return start_engines(settings(models["a"]), 2)
+
+
+@pytest.fixture(scope="module")
+def policy(cluster, models) -> ActorGroup:
+    sender = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0).remote(models["b"])
+    return ActorGroup("policy", [sender], timeout=60)
+
+
+@pytest.fixture
+def engines(started, policy, models) -> RolloutEngines:
+    """The engines with the weights of b."""
+    push(started, policy, models["b"])
+    return started
+
+
+def push(engines: RolloutEngines, policy: ActorGroup, folder: Path, tamper: str = ""):
+    policy.broadcast("push", folder, tamper)
+    return engines.push(policy)
+
+
+def one_of(engines: RolloutEngines, index: int) -> RolloutEngines:
+    """The same engines as if there were only this one."""
+    view = copy.copy(engines)
+    view.engines = [engines.engines[index]]
+    return view
+
+
+def some_prompts(count: int, *, first: int = 0, length: int = 12) -> list[Prompt]:
+    random = np.random.default_rng(first)
+    return [
+        Prompt(index=first + i, token_ids=random.integers(3, 500, length).astype(np.int32), messages=[], columns={})
+        for i in range(count)
+    ]
+
+
+def hugging_face(folder: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def logprob_error(model, groups: list[Group], temperature: float = 1.0) -> float:
+    """Largest |rollout logprob - Hugging Face's| over all response tokens."""
+    import torch
+
+    worst = 0.0
+    for group in groups:
+        tokens = ray.get(group.tokens)
+        for item in range(len(group.texts)):
+            ids, mask, logprobs = tokens.sequence(item)
+            assert mask.sum() == group.response_lengths[item] > 0
+            with torch.no_grad():
+                expected = (model(torch.tensor(ids[None]).long()).logits[0] / temperature).log_softmax(-1)
+            expected = expected[:-1].gather(-1, torch.tensor(ids[1:, None]).long())[:, 0].numpy()
+            worst = max(worst, float(np.abs(expected - logprobs[1:])[mask[1:] > 0].max()))
+    return worst
+
+
+def by_prompt(groups) -> dict[int, tuple[list[list[int]], list[list[float]]]]:
+    found = {}
+    for group in groups:
+        tokens = ray.get(group.tokens)
+        found[group.prompt.index] = [r.tolist() for r in tokens.response_ids], [r.tolist() for r in tokens.rollout_logprobs]
+    return found
+
+
+def test_an_engine_refuses_to_generate_before_the_first_push(started) -> None:
+    started.setup()
+    with pytest.raises(RuntimeError, match="asked for weight version 0 but has no complete push"):
+        list(started.generate(some_prompts(1), n=1))
+
+
+def test_a_misspelt_vllm_option_is_refused_by_name(misspelt) -> None:
+    with pytest.raises(ValueError, match="unknown option 'max_num_seq': did you mean 'max_num_seqs'"):
+        misspelt.setup()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_pushed_weights(engines, models, temperature) -> None:
+    groups = list(engines.generate(some_prompts(8), n=4, sampling={"temperature": temperature}))
+    assert sorted(group.prompt.index for group in groups) == list(range(8))
+    assert {group.weight_version for group in groups} == {engines.version}
+    assert logprob_error(hugging_face(models["b"]), groups, temperature) <= TOLERANCE
+    assert logprob_error(hugging_face(models["a"]), groups, temperature) > 0.1  # the measure can tell them apart
+
+
+def test_greedy_tokens_are_those_of_hugging_face(engines, models) -> None:
+    import torch
+
+    model, prompts = hugging_face(models["b"]), some_prompts(8)
+    greedy = by_prompt(engines.generate(prompts, n=1, sampling={"temperature": 0, "max_completion_length": 24}))
+    for prompt in prompts:
+        ids = torch.tensor(prompt.token_ids[None]).long()
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert greedy[prompt.index][0] == [expected[0, len(prompt.token_ids) :].tolist()]
+
+
+def test_a_response_ends_with_its_end_token_or_at_the_limit(engines, models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["b"])
+    ends = {"stop": 0, "length": 0}
+    for group in engines.generate(some_prompts(24), n=8, sampling={"max_completion_length": 32, "temperature": 1.5}):
+        for response, reason, text in zip(ray.get(group.tokens).response_ids, group.finish_reasons, group.texts):
+            ends[reason] += 1
+            assert (reason == "stop") == (EOS in response)
+            assert EOS not in response[:-1] and len(response) <= 32
+            assert (len(response) == 32) or reason == "stop"
+            assert text == tokenizer.decode(response, skip_special_tokens=True)
+    assert min(ends.values()) > 0, ends
+
+
+def test_stop_words_end_a_response_with_the_token_that_completes_them(engines, models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["b"])
+    words = {"stop_words": ["s", "<|im_start|>"], "max_completion_length": 48}
+    endings = set()
+    groups = list(engines.generate(some_prompts(16), n=8, sampling=words))
+    for group in groups:
+        for response, reason in zip(ray.get(group.tokens).response_ids, group.finish_reasons):
+            assert not any("s" in tokenizer.decode([token]) or token == TURN_START for token in response[:-1])
+            last = "s" if "s" in tokenizer.decode([response[-1]]) else int(response[-1])
+            if reason == "stop":
+                endings.add(last)
+            else:
+                assert len(response) == 48 and last != "s"
+    assert endings >= {"s", TURN_START}, endings
+    assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
+
+
+REFUSALS = {
+    "flipped bit": "bucket 0 of version .* was damaged on the way: checksum",
+    "swapped words": "bucket 0 of version .* was damaged on the way: checksum",
+    "missing": "1 tensors missing: model.norm.weight",
+    "unknown": "unknown tensor 'model.norm.wait'",
+    "nan": "tensor 'model.norm.weight' is not finite",
+    "stale": "push of version .* refused: version .* has already been sent",
+}
+
+
+@pytest.mark.parametrize("tamper", REFUSALS)
+def test_a_wrong_push_is_refused_and_only_a_complete_one_lets_engines_answer_again(engines, policy, models, tamper) -> None:
+    with pytest.raises(RuntimeError, match=REFUSALS[tamper]):
+        push(engines, policy, models["a"], tamper)
+    with pytest.raises(RuntimeError, match=f"asked for weight version {engines.version}"):
+        list(engines.generate(some_prompts(1), n=1))
+    report = push(engines, policy, models["a"])
+    assert report == engines.last_push and report.version == engines.version and report.num_tensors == 25
+    assert engines.restarts == 0
+    assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
+
+
+def test_what_the_prefix_cache_kept_of_old_weights_is_not_used(engines, policy, models) -> None:
+    prompts = some_prompts(4, length=300)  # the cache on CPU keeps blocks of 128 tokens
+    before = list(engines.generate(prompts, n=2))
+    push(engines, policy, models["a"])
+    after = list(engines.generate(prompts, n=2))
+    assert logprob_error(hugging_face(models["b"]), before) <= TOLERANCE
+    assert logprob_error(hugging_face(models["a"]), after) <= TOLERANCE
+
+
+def test_the_same_requests_give_the_same_bits_whatever_the_engine_did_before(engines, policy, models) -> None:
+    list(one_of(engines, 0).generate(some_prompts(7, first=50, length=150), n=3))
+    push(engines, policy, models["b"])
+    prompts = some_prompts(20)
+    first = by_prompt(one_of(engines, 0).generate(prompts, n=4))
+    second = by_prompt(one_of(engines, 1).generate(prompts, n=4))
+    assert first == second
+    responses = [response for rows, _ in first.values() for response in map(tuple, rows)]
+    assert len(set(responses)) == len(responses)  # every response has a seed of its own
+
+
+def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "config", replace(engines.config, deterministic=False, vllm_max_num_seqs=4))
+    groups = list(engines.generate(some_prompts(40), n=4))  # room for 3 prompts an engine
+    assert sorted(group.prompt.index for group in groups) == list(range(40))
+    assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
+
+
+def test_a_call_that_passes_its_deadline_names_engine_call_and_last_report(engines, policy, models, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "config", replace(engines.config, call_timeout=0.05))
+        late = r"rollout engine [01] did not finish `generate\(prompt \d+\)` within 0.05 s .*Last report: generating"
+        with pytest.raises(RankFailure, match=late):
+            list(engines.generate(some_prompts(200), n=8, sampling={"max_completion_length": 200}))
+    push(engines, policy, models["b"])  # ends what is left of those requests
+    assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
+
+
+def kill_while_generating(engines: RolloutEngines, index: int, after: float) -> threading.Thread:
+    """kill -9 the engine's process once it has been generating for a moment."""
+    engine = engines.engines[index]
+    pid = int(re.search(r"pid (\d+)", ray.get(engine.report.remote())).group(1))
+
+    def kill() -> None:
+        while "generating" not in ray.get(engine.report.remote()):
+            time.sleep(0.01)
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_killed_engine_is_replaced_and_the_result_is_the_same(engines, models) -> None:
+    prompts, sampling = some_prompts(24), {"max_completion_length": 100}
+    undisturbed = by_prompt(engines.generate(prompts, n=4, sampling=sampling))
+    before = engines.restarts
+    killer = kill_while_generating(engines, 0, after=0.05)
+    groups = list(engines.generate(prompts, n=4, sampling=sampling))
+    killer.join()
+    assert engines.restarts == before + 1
+    assert len(groups) == 24 and by_prompt(groups) == undisturbed
+    assert logprob_error(hugging_face(models["b"]), groups[:4]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_engines_killed_while_pulling_and_before_a_push_are_replaced(engines, policy, models, monkeypatch) -> None:
+    monkeypatch.setattr(engines, "config", replace(engines.config, deterministic=False, vllm_max_num_seqs=16))
+    before = engines.restarts
+    killer = kill_while_generating(engines, 1, after=0.2)
+    groups = list(engines.generate(some_prompts(64), n=4, sampling={"max_completion_length": 100}))
+    killer.join()
+    assert sorted(group.prompt.index for group in groups) == list(range(64))
+    assert engines.restarts == before + 1
+    assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
+    ray.kill(engines.engines[0])
+    push(engines, policy, models["a"])
+    assert engines.restarts == before + 2
+    assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_tied_embeddings_are_pushed_without_an_output_layer(cluster, policy, tmp_path) -> None:
+    folders = [
+        make_tiny_model(tmp_path / str(seed), seed=seed, head_dim=32, tie_word_embeddings=True) for seed in (0, 1)
+    ]
+    engines = start_engines(settings(folders[0]), 1)
+    for folder in (folders[1], folders[0], folders[1]):
+        assert push(engines, policy, folder).num_tensors == 24
+        assert logprob_error(hugging_face(folder), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
+    ray.kill(engines.engines[0])
