@@ -44,6 +44,14 @@ class DatasetInfo:
     num_tokens: int  # of one epoch
     warnings: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """One line of counts, and the warnings."""
+        counts = {"longer than max_length": self.too_long, "without a token to train on": self.untrained}
+        dropped = "".join(f", {count} dropped: {why}" for why, count in counts.items() if count)
+        cut = f", {self.truncated} cut to max_length" if self.truncated else ""
+        line = f"dataset: {self.loaded} rows{dropped}{cut}; {self.num_rows} an epoch, the longest of {self.longest} tokens"
+        return "\n".join([line, *(f"warning: {warning}" for warning in self.warnings)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedRows:

@@ -51,8 +51,8 @@ class Encoder:
         self.jinja = config.template_backend == "jinja" or unknown_model
         if self.jinja and not self.tokenizer.chat_template:
             raise ValueError(
-                f"the tokenizer of {config.model} has no chat template: give --template chatml or another of ms-swift's "
-                "(and --template_backend swift)"
+                f"the tokenizer of {config.model} has no chat template: give --template chatml, or another of "
+                "ms-swift's, and --template_backend swift"
             )
 
     def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool] | None:

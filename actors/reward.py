@@ -1,7 +1,7 @@
 """A CPU process that runs reward functions and may be killed at any moment.
 
-Methods run in the process's main thread, one at a time: math-verify's own deadline works there only, so this actor takes no
-concurrency groups and has no `report`; whoever calls it sets a deadline and kills it.
+Methods run in the process's main thread, one at a time: math-verify's own deadline works there only, so this actor has
+no concurrency groups and has no `report`; whoever calls it sets a deadline and kills it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The engine lives in the actor's own process. One thread builds it, steps it and does everything else to it between two
 steps; the actor's event loop only takes calls, waits, and turns finished requests into arrays and texts.
 
-An engine answers for one version of the weights: the last complete push. From the beginning of a push to its verified end
-it refuses to generate.
+An engine answers for one version of the weights: the last complete push. From the beginning of a push to its verified
+end it refuses to generate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory and logging wins
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_PLUGINS": "",  # ms-swift installs one that a bare engine cannot import
-    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB; unset, vLLM takes a share of the node
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine of a node to the same cores
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     "VLLM_NO_USAGE_STATS": "1",
@@ -54,7 +54,7 @@ class RolloutEngine:
     """An async Ray actor around one vLLM engine."""
 
     def __init__(self, config: Any, *, index: int, load_weights: bool = False):
-        """`load_weights`: answer for version 0 with the weights of the model folder; otherwise the first push brings them."""
+        """`load_weights`: answer for version 0 with the model folder's weights; else the first push brings them."""
         self.config, self.index, self.load_weights = config, index, load_weights
         self.progress = Progress()
         self.acknowledged: int | None = None  # the version this engine answers for
@@ -89,8 +89,8 @@ class RolloutEngine:
         """Sample n responses to prompt_ids [P] with the weights of `version`.
 
         `index` is the prompt's place in the run's order. `sampling` overrides the config's sampling options (see
-        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` such calls are here;
-        they then start between the same two steps, in the order of their indices, whatever order they arrived in.
+        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` such calls are
+        here; they then start between the same two steps, in the order of their indices, whatever order they arrived in.
         PushError when the engine does not hold `version`.
         """
         self._require(version)
@@ -131,7 +131,7 @@ class RolloutEngine:
         await self.thread.call(load)
 
     async def finish_push(self, version: int, names: list[str]) -> int:
-        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache; the number of tensors."""
+        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache; their number."""
 
         def finish() -> int:
             with self.progress.doing(f"finishing the push of version {version}"):
@@ -230,7 +230,7 @@ def _engine_args(config: Any, index: int, load_weights: bool) -> EngineArgs:
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
         "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-        "logprobs_mode": "processed_logprobs",  # after temperature, top-p and top-k: of the distribution that was sampled from
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
         "worker_extension_cls": "actors.weights.vllm_extension.WeightReceiver",
         "disable_log_stats": True,
     }

@@ -48,7 +48,9 @@ class StepThread:
         """Run `function()`, which must not raise, in the thread, between two steps."""
         self.calls.put(function)
 
-    def request(self, prompt_ids: list[int], params: SamplingParams) -> tuple[Callable[[], None], Awaitable[RequestOutput]]:
+    def request(
+        self, prompt_ids: list[int], params: SamplingParams
+    ) -> tuple[Callable[[], None], Awaitable[RequestOutput]]:
         """A new request: what adds it to the engine (to be run in the thread), and its finished output."""
         request_id, done = str(next(self.ids)), self.loop.create_future()
 
@@ -56,7 +58,7 @@ class StepThread:
             try:
                 self.engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
                 self.pending[request_id] = done
-            except Exception as error:  # noqa: BLE001 - goes to the caller
+            except Exception as error:  # goes to the caller
                 self._deliver([(done, None, error)])
 
         return add, done
@@ -72,7 +74,7 @@ class StepThread:
         with self.progress.doing("building the engine"):
             try:
                 self.engine = self.build()
-            except Exception as error:  # noqa: BLE001 - goes to the caller
+            except Exception as error:  # goes to the caller
                 self._deliver([(built, None, error)])
                 return
         self._deliver([(built, self.engine, None)])
@@ -88,7 +90,7 @@ class StepThread:
         while self.pending:
             try:
                 outputs = self.engine.step()
-            except Exception as error:  # noqa: BLE001 - goes to the caller
+            except Exception as error:  # goes to the caller
                 self.abort(error)
                 return
             finished = [output for output in outputs if output.finished]
@@ -100,7 +102,7 @@ class StepThread:
     def _answer(self, function: Callable[[], Any], done: asyncio.Future) -> None:
         try:
             result, error = function(), None
-        except Exception as raised:  # noqa: BLE001 - goes to the caller
+        except Exception as raised:  # goes to the caller
             result, error = None, raised
         self._deliver([(done, result, error)])
 

@@ -12,13 +12,23 @@ PARSE_SECONDS = 5  # for one expression; as math-verify's own default
 
 
 class Accuracy:
-    """1.0 where the completion's answer equals the solution, else 0.0. An answer in `<answer>` tags may be a bare expression;
-    without tags it must be LaTeX in maths delimiters or `\\boxed{}`. Semantics of ms-swift's `MathAccuracy`, but for a solution
-    that math-verify cannot parse: that raises, where a reward of 0 would hide a broken dataset or installation.
+    """1.0 where the completion's answer equals the solution, else 0.0.
+
+    An answer in `<answer>` tags may be a bare expression; without tags it must be in `\\boxed{}`, or announced as
+    math-verify knows it ("the final answer is $...$"). Semantics of ms-swift's `MathAccuracy`, but for a solution that
+    math-verify cannot parse: that raises, where a reward of 0 would hide a broken dataset or installation.
     """
 
     def __init__(self, config: Any = None):
         self.solution = functools.lru_cache(maxsize=1024)(_parse_solution)
+
+    def warm_up(self) -> None:
+        """Import math-verify and its parsers: seconds that must not count against the first completions' deadlines."""
+        from math_verify import parse, verify
+
+        expression = parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None)
+        if not verify(expression, expression, timeout_seconds=None):
+            raise RuntimeError("math-verify does not work here: it does not find 1/2 equal to itself")
 
     def __call__(self, completions: list[str], solution: list[Any]) -> list[float]:
         return [self._reward(text, str(answer)) for text, answer in zip(completions, solution, strict=True)]
@@ -57,9 +67,7 @@ def _untagged() -> Any:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
 
-    normalization = NormalizationConfig(
-        nits=False, malformed_operators=False, basic_latex=True, boxed=True, units=True
-    )
+    normalization = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed=True, units=True)
     return LatexExtractionConfig(
         normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
     )

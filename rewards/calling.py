@@ -1,8 +1,8 @@
 """How a reward function is called, and what its return value means.
 
-A function returns one value per completion: a finite number is a reward; None means "not applicable to this sample" and is
-left out of the weighted sum; anything else is a failure of that sample. An exception, or a list of another length, is a
-failure of the whole call. No exception of a reward function leaves this module.
+A function returns one value per completion: a finite number is a reward; None means "not applicable to this sample"
+and is left out of the weighted sum; anything else is a failure of that sample. An exception, or a list of another
+length, is a failure of the whole call. No exception of a reward function leaves this module.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class RewardFunction:
     """A named callable with what is known about its arguments.
 
     `completions` go to ms-swift's ORM objects as strings, by position; to plain functions by name, as strings or as
-    conversations (`[[{"role": "assistant", "content": text}]]`): strings are tried first, and the form that works is kept.
+    conversations (`[[{"role": "assistant", "content": text}]]`): strings are tried first, the form that works stays.
     """
 
     def __init__(self, name: str, target: Callable[..., Any], *, is_orm: bool = False):
         self.name, self.target, self.is_orm = name, target, is_orm
         self.conversational: bool | None = False if is_orm else None  # None: not known yet
-        self.runner: asyncio.Runner | None = None  # one event loop for all calls: sessions of async functions stay usable
+        self.runner: asyncio.Runner | None = None  # one event loop for all calls: sessions stay usable
         self.accepted, self.required = _parameters(target, skip_first=is_orm)
 
     @property
@@ -76,7 +76,8 @@ class RewardFunction:
         except BaseException as error:  # noqa: BLE001 also SystemExit: it must not end the process of the other functions
             return Failure(kind="raised", message=describe(error))
         if not isinstance(values, list):
-            return Failure(kind="bad_value", message=f"returned {type(values).__name__}, not a list of {len(texts)} numbers")
+            message = f"returned {type(values).__name__}, not a list of {len(texts)} numbers"
+            return Failure(kind="bad_value", message=message)
         if len(values) != len(texts):
             return Failure(kind="bad_value", message=f"returned {len(values)} values for {len(texts)} completions")
         return tuple(outcome(value) for value in values)
@@ -110,7 +111,7 @@ class RewardFunction:
 
 
 def reward_columns(request: Request, tokens: GroupTokens | None) -> dict[str, Any]:
-    """What a reward function is given beside the completions: the names of ms-swift and TRL, and the dataset row's columns.
+    """What a function is given beside the completions: the dataset row's columns, and the names of ms-swift and TRL.
 
     Each is a list with one entry per completion, but for `trainer_state`. Without `tokens` there are no token ids.
     """

@@ -11,8 +11,8 @@ from rewards.accuracy import Accuracy
 class Cosine:
     """A right answer earns less the longer it is, a wrong one loses less the longer it is.
 
-    Options: cosine_min_len_value_correct and _wrong (reward at 0 tokens), cosine_max_len_value_correct and _wrong (reward at
-    `cosine_max_len` tokens; default max_completion_length).
+    Options: cosine_min_len_value_correct and _wrong (reward at 0 tokens), cosine_max_len_value_correct and _wrong (a
+    reward at `cosine_max_len` tokens; default max_completion_length).
     """
 
     def __init__(self, config: Any):
@@ -22,6 +22,10 @@ class Cosine:
         if self.max_len < 1:
             raise ValueError(f"cosine_max_len is {self.max_len} tokens; it must be at least 1")
         self.accuracy = Accuracy(config)
+
+    def warm_up(self) -> None:
+        """As `Accuracy.warm_up`."""
+        self.accuracy.warm_up()
 
     def __call__(self, completions: list[str], solution: list[Any], completion_ids: list[list[int]]) -> list[float]:
         accuracies = self.accuracy(completions, solution)

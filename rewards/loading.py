@@ -1,7 +1,8 @@
 """Finds reward functions by name: the user's plug-ins first, then those built in.
 
-A plug-in file may hold, unchanged, an ms-swift `ORM` or `AsyncORM` class registered in `swift.rewards.orms`, or a function
-`f(completions, **columns) -> list[float]` as TRL takes it. `check_config` is for the controller: it imports no plug-in itself.
+A plug-in file may hold, unchanged, an ms-swift `ORM` or `AsyncORM` class registered in `swift.rewards.orms`, or a
+function `f(completions, **columns) -> list[float]` as TRL takes it. `check` and `check_config` are for the controller:
+they import no plug-in themselves.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ BUILT_IN = {  # name, also of the file here: the function or class in it
 IMPORT_SECONDS = 60  # for all plug-ins together
 
 
-def check(reward_funcs: Sequence[str], external_plugins: Sequence[str] = (), *, seconds: float = IMPORT_SECONDS) -> None:
-    """Raise a one-line ValueError if a name is unknown or a plug-in does not import; plug-ins are tried in a process of their own."""
+def check(
+    reward_funcs: Sequence[str], external_plugins: Sequence[str] = (), *, seconds: float = IMPORT_SECONDS
+) -> None:
+    """Raise a one-line ValueError if a name is unknown or a plug-in does not import within `seconds`.
+
+    Plug-ins are imported in a process of their own.
+    """
     if not reward_funcs:
-        raise ValueError(f"no reward function: give --reward_funcs, one or more of {', '.join(BUILT_IN)}, or names from --external_plugins")
+        raise ValueError(
+            f"no reward function: give --reward_funcs, one or more of {', '.join(BUILT_IN)}, "
+            "or names from --external_plugins"
+        )
     for name in reward_funcs:
         if list(reward_funcs).count(name) > 1:
-            raise ValueError(f"reward function {name!r} is given twice: give it once, with its weight in --reward_weights")
+            raise ValueError(f"reward function {name!r} is given twice: give it once, and its weight")
     for path in external_plugins:
         if not Path(path).expanduser().is_file():
             raise ValueError(f"plug-in file {path} does not exist (--external_plugins, looked for from {os.getcwd()})")
@@ -55,12 +64,12 @@ def check(reward_funcs: Sequence[str], external_plugins: Sequence[str] = (), *, 
 
 def check_config(config: Any) -> None:
     """As `check`, and the reward weights and the options of the built-in functions in use. Raises ValueError."""
-    weights = config.reward_weights
-    if weights is not None and len(weights) != len(config.reward_funcs or ()):
-        raise ValueError(f"{len(weights)} reward_weights for {len(config.reward_funcs or ())} reward_funcs: give one weight for each")
-    check(config.reward_funcs or (), config.external_plugins or ())
+    names, weights = config.reward_funcs or (), config.reward_weights
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"{len(weights)} reward_weights for {len(names)} reward_funcs: give one weight for each")
+    check(names, config.external_plugins or ())
     if not config.external_plugins:  # a plug-in may replace a built-in of the same name
-        for name in config.reward_funcs:
+        for name in names:
             _built_in(name, config)
 
 
@@ -84,7 +93,7 @@ def import_plugin(path: str) -> ModuleType:
 
 
 def names_defined(modules: Sequence[ModuleType], wanted: Sequence[str]) -> list[str]:
-    """Reward functions that plug-ins offer: registered ORMs, public functions of the files, and those of `wanted` that they import."""
+    """What plug-ins offer: registered ORMs, public functions of the files, and those of `wanted` that they import."""
     names = set(_registered_orms())
     for module in modules:
         names.update(name for name in wanted if callable(getattr(module, name, None)))
@@ -104,13 +113,17 @@ def _find(name: str, modules: Sequence[ModuleType], config: Any) -> RewardFuncti
             return RewardFunction(name, _constructed(target, config), is_orm=True)
         if callable(target):
             return RewardFunction(name, target)
-    return RewardFunction(name, _built_in(name, config))
+    target = _built_in(name, config)
+    if hasattr(target, "warm_up"):
+        target.warm_up()
+    return RewardFunction(name, target)
 
 
 def _registered_orms() -> dict[str, Any]:
     """What plug-ins have put into ms-swift's table, without ms-swift's own entries."""
     swift = sys.modules.get("swift.rewards.orm")  # absent unless a plug-in imported it
-    return {name: orm for name, orm in swift.orms.items() if getattr(orm, "__module__", "") != swift.__name__} if swift else {}
+    table = swift.orms if swift else {}
+    return {name: orm for name, orm in table.items() if getattr(orm, "__module__", "") != swift.__name__}
 
 
 def _constructed(target: Any, config: Any) -> Any:
@@ -135,8 +148,8 @@ def _names_of_plugins(reward_funcs: Sequence[str], paths: Sequence[str], seconds
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-m", "rewards.plugin_names", folder, json.dumps(list(reward_funcs)), *paths]
-        quiet = subprocess.DEVNULL
-        child = subprocess.Popen(command, env=environment, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        child = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
         try:
             ended = f"ended the process (exit code {child.wait(timeout=seconds)}) while it was imported"
         except subprocess.TimeoutExpired:

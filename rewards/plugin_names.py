@@ -1,7 +1,7 @@
 """`python -m rewards.plugin_names FOLDER WANTED PATH...`: which reward functions do these plug-ins define?
 
-Run by the controller as a process of its own, because importing a plug-in runs the user's code. FOLDER/importing names the
-file being imported; FOLDER/names.json is the answer, or the error of one that does not import.
+Run by the controller as a process of its own, because importing a plug-in runs the user's code. FOLDER/importing names
+the file being imported; FOLDER/names.json is the answer, or the error of one that does not import.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Repetition:
-    """`repetition_max_penalty` times the share of the completion's n-grams that occurred before; 0 if it is too short for one.
+    """`repetition_max_penalty` times the share of the completion's n-grams that occurred before.
 
     Options: repetition_n_grams (words), repetition_max_penalty (a reward, at most 0).
     """

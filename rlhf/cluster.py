@@ -23,10 +23,10 @@ from actors.policy import Policy
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
 from rlhf.config import Config
+from rlhf.counts import needs_reference
 from rlhf.data import PromptStream, RowStream
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
-from rlhf.validation import needs_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {  # what the libraries would print in every actor
@@ -98,7 +98,9 @@ class Cluster:
             scorer.wait_until_ready()
         stream = RowStream if config.task == "sft" else PromptStream
         info = ray.get(dataset, timeout=config.call_timeout)
-        data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
+        print(info.describe())
+        ahead = config.dataloader_num_workers > 0
+        data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout, ahead=ahead)
         return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
 
     def _connect(self) -> None:

@@ -88,13 +88,13 @@ class DataOptions:
         None, "which tokens are trained: default, last_round, all, ... (default: default)", tasks=SFT
     )
     packing: bool = option(
-        False, "fill micro batches to packing_length tokens each (global_batch_size still counts rows)", tasks=SFT
+        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=SFT
     )
     packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=SFT, least=1)
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
     data_seed: int = option(42, "seed of the order of the rows")
     dataset_num_proc: int = option(1, "processes that read and map the dataset at the start", least=1)
-    dataloader_num_workers: int = option(4, "threads that encode rows ahead (0: on demand)", least=0)
+    dataloader_num_workers: int = option(4, "batches prepared ahead of their use (0: on demand)", least=0)
     load_from_cache_file: bool = option(False, "reuse the dataset cache of an earlier run")
 
 

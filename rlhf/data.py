@@ -44,6 +44,10 @@ class _Stream:
         """Epochs taken so far."""
         return self.position / self.num_rows
 
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"position": self.position, "num_rows": self.num_rows}
+
     def _next(self, count: int) -> list[ray.ObjectRef]:
         if self._fetched is not None and self._fetched[:2] == (self.position, count):
             refs = self._fetched[2]

@@ -53,7 +53,7 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
         step += updates
         metrics = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts}
         log.step(step, group_metrics(scored) | over_updates(results) | metrics, scored)
-        checkpoints.save_if_due(step, policy, {"position": roles.data.position, "weight_version": rollout.version})
+        checkpoints.save_if_due(step, policy, roles.data.state() | {"weight_version": rollout.version})
 
 
 def sample(config: Config, roles: Roles, step: int) -> Scored:

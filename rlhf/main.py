@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "plan":
             from rlhf.plan import print_plan
 
-            return print_plan(load_config(argv[1:]))
+            return print_plan(load_config(argv[1:], weights=False))
         from rlhf.run import run
 
         return run(load_config(argv))

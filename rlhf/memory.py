@@ -84,7 +84,7 @@ def longest_sequence(config: Config) -> int:
 
 def micro_batch_tokens(config: Config) -> int:
     """Tokens of the fullest micro batch: a sequence longer than the budget makes one alone."""
-    longest = longest_sequence(config)
+    longest = config.packing_length if config.packing else longest_sequence(config)
     return max(config.micro_batch_tokens, longest) if config.micro_batch_tokens else config.micro_batch_size * longest
 
 

@@ -72,7 +72,7 @@ class RunLog:
         if "tensorboard" in config.report_to:
             self._reporters.append(TensorBoard(folder / "tensorboard", self._last_step + 1))
         if "wandb" in config.report_to:
-            self._reporters.append(WandB(folder, config))
+            self._reporters.append(WandB(folder, config, self._last_step + 1))
         self._since = time.monotonic()
         self._take_seconds()
 

@@ -90,27 +90,29 @@ class ModelShape:
         return self.num_layers // pipeline_size * sum(rank * (width + height) for width, height in chosen.values())
 
 
-def find_model(name: str) -> Path | None:
-    """The model's folder; None when `name` is a hub id that is no folder here. Raises ValueError when it is neither."""
+def local_model(name: str, *, use_hf: bool, weights: bool = True) -> Path:
+    """The folder of a model: `name` itself, or the local copy of the hub id that it is.
+
+    A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
         raise ValueError(f"--model {name} is a file: give the folder that holds config.json")
     if HUB_ID.fullmatch(name):
-        return None
+        return _download(name, use_hf=use_hf, weights=weights)
     raise ValueError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
 
 
-def download_model(name: str, *, use_hf: bool) -> Path:
-    """The local copy of a hub id, downloaded when it is not in the hub's cache. Raises ValueError when that fails."""
+def _download(name: str, *, use_hf: bool, weights: bool) -> Path:
     hub = "Hugging Face" if use_hf else "ModelScope"
     try:
         if use_hf:
             from huggingface_hub import snapshot_download
         else:
             from modelscope import snapshot_download
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, **({} if weights else {"allow_patterns": ["*.json"]})))
     except Exception as error:  # the hubs' clients raise dozens of kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         other = "" if use_hf else " (--use_hf takes it from Hugging Face)"

@@ -15,7 +15,7 @@ import yaml
 
 from rlhf.config import ALL, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
-from rlhf.model_folder import download_model, find_model, read_shape
+from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
@@ -59,32 +59,30 @@ def supported() -> dict[str, Option]:
     return table
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     """The checked config of a command line: parsed, its model found, every default filled in; notes go to stderr.
 
-    Raises ValueError, one line, for whatever its user must mend.
+    `weights` false: nothing will be run, so of a hub id only the JSON files are fetched. Raises ValueError, one line,
+    for whatever its user must mend.
     """
     config = parse(argv)
     check_parsed(config)
-    folder = find_model(config.model) or download_model(config.model, use_hf=config.use_hf)
-    config = replace(config, model=str(folder), reference=_local_reference(config))
+    reference = config.reference
+    if reference.model is not None:
+        reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
+    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
+    config = replace(config, model=str(folder), reference=reference)
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
-    for note in validate(config):
+    for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
     return config
-
-
-def _local_reference(config: Config) -> FrozenRole:
-    name = config.reference.model
-    if name is None:
-        return config.reference
-    return replace(config.reference, model=str(find_model(name) or download_model(name, use_hf=config.use_hf)))
 
 
 def parse(argv: Sequence[str]) -> Config:
     """Read `[plan] TASK [--config FILE] [--NAME VALUE ...]`.
 
-    The command line wins over the file, a later value over an earlier one. Raises ValueError, one line, for anything that cannot be understood.
+    The command line wins over the file, a later value over an earlier one. Raises ValueError, one line, for anything
+    that cannot be understood.
     """
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
     task = words.pop(0) if words else ""

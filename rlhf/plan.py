@@ -65,7 +65,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         needed = max(total for _, total in held) if config.vllm_mode == "server" else sum(total for _, total in held)
     else:
         needed = sum(role.count * total for role, total in held) // config.nnodes
-    known = dataset_rows is not None or config.num_train_epochs is None
+    known = config.num_train_epochs is None or (dataset_rows is not None and not config.packing)
     return Plan(
         parameters=shape.num_parameters(),
         exact=shape.exact,
@@ -138,7 +138,7 @@ def _model_lines(config: Config, made: Plan) -> list[str]:
 def _batch_lines(config: Config, made: Plan) -> list[str]:
     each, ranks, batch = model_ranks(config), policy_ranks(config), config.global_batch_size
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    unit = "responses" if config.task == "rlhf" else "rows"
+    unit = "responses" if config.task == "rlhf" else "packs" if config.packing else "rows"
     lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
     if made.micro_batches is None:
         lines.append(f"global batch {batch} {unit}, packed to {config.micro_batch_tokens} tokens a micro batch")
@@ -155,7 +155,11 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
             f"{made.prompts} prompts, for {updates} steps"
         )
     rows = "unknown number of" if made.rows is None else f"{made.rows:,}"
-    steps = "unknown until the dataset is read" if made.steps is None else f"{made.steps:,}"
+    steps = (
+        f"unknown until the dataset is {'packed' if config.packing else 'read'}"
+        if made.steps is None
+        else f"{made.steps:,}"
+    )
     length = (
         f"{config.num_train_epochs} epochs of {rows} rows" if config.num_train_epochs else f"train_iters, {rows} rows"
     )

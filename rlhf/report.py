@@ -136,6 +136,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
         one("KL to the reference", "nats per token", "kl", 2),
         one("Response length", "tokens", "response_length", 3),
         one("Responses cut off", "share that reached max_completion_length", "cut_off", 3),
+        one("Groups without signal", "share whose rewards are all equal", "groups_without_signal", 5),
         one("Loss", "", "loss", 4),
         one("Gradient norm", "before clipping", "grad_norm", 5),
         lines("Learning rate", "", Series(name="lr", values=_values(rows, "lr"), color=6), window=1),

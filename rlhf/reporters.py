@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -119,13 +120,17 @@ class TensorBoard:
 class WandB:
     """A W&B run named as the run folder; its project is WANDB_PROJECT, else "megaray"."""
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, first_step: int):
+        """From step 1 a new W&B run, later the one that the run folder remembers."""
         import wandb
 
+        known = folder / "wandb-id"
+        if first_step == 1 or not known.exists():
+            known.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "megaray"),
             name=folder.name,
-            id=folder.name,
+            id=known.read_text(),
             resume="allow",
             dir=str(folder),
             config=asdict(config),

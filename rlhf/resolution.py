@@ -43,17 +43,12 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
 
 def _resolve_sft(config: Config, limit: int | None) -> Config:
     max_length = config.max_length or limit
-    packing_length = config.packing_length or (max_length if config.packing else None)
-    tokens = config.micro_batch_tokens
-    if config.packing and tokens is None and packing_length:
-        tokens = packing_length * config.micro_batch_size
     return replace(
         config,
         max_length=max_length,
         truncation_strategy=config.truncation_strategy or "delete",
         loss_scale=config.loss_scale or "default",
-        packing_length=packing_length,
-        micro_batch_tokens=tokens,
+        packing_length=config.packing_length or (max_length if config.packing else None),
     )
 
 

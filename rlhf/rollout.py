@@ -1,4 +1,4 @@
-"""The controller's side of the rollout engines: prompts are pulled by whoever has room, groups come out as they complete.
+"""The controller's side of the rollout engines: who has room takes the next prompt, groups come out as they complete.
 
 Every engine holds the same version of the weights, or none. An engine whose process dies is replaced: set up, given the
 current weights, and its unfinished prompts are sampled again.
@@ -28,7 +28,7 @@ PUSH_GRACE = 10.0  # seconds beyond push_timeout: the sender's own error, which 
 
 
 class RolloutEngines:
-    """The engines of one run. `spawn(index)` creates an engine's actor; they start at once, side by side with everything else."""
+    """The engines of one run. `spawn(index)` creates an engine's actor; their set-up starts at once."""
 
     def __init__(self, spawn: Callable[[int], Any], *, num_engines: int, config: Config):
         self.spawn, self.config = spawn, config
@@ -64,11 +64,14 @@ class RolloutEngines:
         self.seconds["push"] += time.monotonic() - start
         return self.last_push
 
-    def generate(self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None) -> Iterator[Group]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None
+    ) -> Iterator[Group]:
         """n responses to every prompt with the current weights; a group comes out when it is complete.
 
-        `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length, stop_words.
-        With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at once and in order.
+        `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length and
+        stop_words. With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at
+        once and in order.
         """
         start = time.monotonic()
         self.setup()
@@ -103,7 +106,7 @@ class RolloutEngines:
             for index in indices:
                 held = self._get(self.engines[index].version.remote(), index, "version", self.config.push_timeout)
                 if held != self.version:
-                    raise RankFailure(f"rollout engine {index} holds version {held} after the push of version {self.version}")
+                    raise RankFailure(f"rollout engine {index} holds version {held} after the push of {self.version}")
         except (RayTaskError, RayActorError) as error:
             if not self._replace_dead(error):
                 raise
@@ -139,7 +142,7 @@ class RolloutEngines:
         if self.deaths > MAX_DEATHS:
             first_line = str(error).strip().split("\n")[0]
             raise RankFailure(
-                f"rollout engine {index} died during `{call}`, the {self.deaths}th death of an engine in a row: {first_line}"
+                f"rollout engine {index} died during `{call}`, death {self.deaths} in a row of an engine: {first_line}"
             ) from error
 
     def _get(self, ref: ray.ObjectRef, index: int, call: str, timeout: float) -> Any:
@@ -152,8 +155,8 @@ class RolloutEngines:
         """The error for a call that passed its deadline."""
         option = "push_timeout" if call == "version" else "call_timeout"
         return RankFailure(
-            f"rollout engine {index} did not finish `{call}` within {timeout:g} s (raise {option} if that is too short for "
-            f"your model). Last report: {self._report(index)}"
+            f"rollout engine {index} did not finish `{call}` within {timeout:g} s (raise {option} if that is too short "
+            f"for your model). Last report: {self._report(index)}"
         )
 
     def _report(self, index: int) -> str:
@@ -250,7 +253,7 @@ class _Generation:
             load[index] += 1
 
     def _submit_share(self, index: int) -> None:
-        """All of an engine's prompts at once, finished ones too: what a request gets may depend on what it runs beside."""
+        """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
         share = self.prompts[index :: len(self.owner.engines)]
         for prompt in share:
             self._submit(index, prompt, together=len(share))

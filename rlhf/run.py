@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards.loading import check as check_rewards
-from rlhf.checkpoint import Checkpoints, run_folder
+from rlhf.checkpoint import Checkpoint, Checkpoints, run_folder
 from rlhf.config import Config
+from rlhf.counts import policy_ranks, rollout_engines, total_steps
+from rlhf.data import DataFailure
 from rlhf.dataset_check import check_dataset
-from rlhf.validation import policy_ranks, rollout_engines
+from rlhf.reporters import check_reporters
+from rlhf.scoring import ScoringError
 
 if TYPE_CHECKING:
     from rlhf.cluster import Cluster
@@ -20,8 +23,12 @@ if TYPE_CHECKING:
 def run(config: Config) -> int:
     """Train; the exit status. Everything a user can get wrong is checked before Ray starts."""
     check_dataset(config)
+    check_reporters(config.report_to)
     if config.task == "rlhf":
         check_rewards(config.reward_funcs, config.external_plugins)
+    folder = run_folder(config)
+    checkpoints = Checkpoints(folder, config)
+    resumed = checkpoints.find()
     import ray
 
     from actors.group import RankFailure
@@ -29,32 +36,36 @@ def run(config: Config) -> int:
 
     try:
         with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
-            train(config, cluster)
-    except RankFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            train(config, cluster, folder, checkpoints, resumed)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error
         raise
+    except (RankFailure, DataFailure, ScoringError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def train(config: Config, cluster: Cluster) -> None:
-    """Build the actors, resume if asked, run the task's loop."""
+def train(config: Config, cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
+    """Build the actors, restore what is resumed, run the task's loop."""
     from rlhf.grpo import train_grpo
     from rlhf.metrics import RunLog
     from rlhf.sft import train_sft
 
-    folder = run_folder(config)
-    checkpoints = Checkpoints(folder, config)
-    resumed = checkpoints.find()
     roles = cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
     start = 0
     if resumed is not None:
         start = resumed.step
+        if start >= total:
+            print(f"{resumed.folder} is already at step {start} of {total}: nothing is left to train")
+        if resumed.state["num_rows"] != roles.data.num_rows:
+            raise ValueError(
+                f"{resumed.folder} was saved with {resumed.state['num_rows']} rows an epoch, the dataset now has "
+                f"{roles.data.num_rows}: resume with the same dataset, or start a new run with --model {resumed.folder}"
+            )
         roles.data.position = resumed.state["position"]
         roles.policy.broadcast("load", str(resumed.folder))
         if roles.rollout is not None:
@@ -63,13 +74,3 @@ def train(config: Config, cluster: Cluster) -> None:
         loop = train_sft if config.task == "sft" else train_grpo
         loop(config, roles, log=log, checkpoints=checkpoints, start=start, total=total)
         checkpoints.save_last()
-
-
-def total_steps(config: Config, num_rows: int) -> int:
-    """Optimizer steps of the run: num_train_epochs over the dataset, or train_iters."""
-    if config.num_train_epochs is None:
-        return config.train_iters
-    if config.task == "sft":
-        return ceil(config.num_train_epochs * num_rows / config.global_batch_size)
-    prompts = config.generation_batch_size // config.num_generations
-    return ceil(config.num_train_epochs * num_rows / prompts) * config.steps_per_generation * config.num_iterations

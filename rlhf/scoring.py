@@ -1,34 +1,26 @@
 """Runs reward functions in their actors, with a deadline each, while the rollout engines are still generating.
 
-One thread a worker: it takes the next task, waits for the answer no longer than the deadline, and replaces its worker when
-that hangs or dies, while the other threads go on. A task is one reward function on one group; when such a call fails, the
-group's completions become tasks of their own, so that only those that fail alone lose their reward.
+One thread a worker: it takes the next task, waits for the answer no longer than the deadline, and replaces its process
+when that hangs or dies, while the other threads go on. A task is one reward function on one group; when such a call
+fails, the group's completions become tasks of their own, so that only those that fail alone lose their reward.
 """
 
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import ray
 
 from rewards.calling import Failure, Outcome, Request
 from rlhf.records import Group, Score
+from rlhf.reward_process import LOST, RewardProcess, ScoringError
 
-SETUP_ATTEMPTS = 3
-LOST = ("timeout", "died")  # kinds of failure after which the process is replaced
 # A function that hangs or dies costs a deadline and a new process each time: after this many in a row the run ends.
 LOST_IN_A_ROW = 32
-
-
-class ScoringError(RuntimeError):
-    """No sample of a step could be scored, or no worker could be started."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -91,7 +83,7 @@ class Scorer:
         self.ready = 0
         self.singly: set[str] = set()  # functions too slow for a whole group, but not for one completion
         self.lost_in_a_row: Counter[str] = Counter()  # by function: timeouts and deaths since its last outcome
-        self.workers = [_Worker(index, spawn, config.call_timeout) for index in range(config.reward_workers)]
+        self.workers = [RewardProcess(index, spawn, config.call_timeout) for index in range(config.reward_workers)]
         self.threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self.workers]
         for thread in self.threads:
             thread.start()
@@ -155,7 +147,7 @@ class Scorer:
             for items in [(item,) for item in range(n)] if name in singly else [tuple(range(n))]:
                 self.tasks.put(_Task(step=step, group=group, function=name, items=items, outcomes=outcomes[name]))
 
-    def _serve(self, worker: _Worker) -> None:
+    def _serve(self, worker: RewardProcess) -> None:
         """A thread's work: keep one worker alive and give it one task after the other."""
         try:
             worker.start()
@@ -164,7 +156,8 @@ class Scorer:
                 self.changed.notify_all()
             while (task := self.tasks.get()) is not None:
                 if not task.step.cancelled:
-                    self._take(task, worker.call(task, self.deadline, self.max_steps))
+                    answer = worker.call(task.request(self.max_steps), task.group.tokens, self.deadline)
+                    self._take(task, answer)
                 if not worker.alive:
                     worker.start()
         except Exception as error:  # noqa: BLE001 raised by `score`, in the caller's thread
@@ -199,16 +192,14 @@ class Scorer:
     def _split(self, task: _Task, answer: Failure) -> None:
         siblings = _Siblings(len(task.items)) if answer.kind == "timeout" else None
         for item in task.items:
-            single = _Task(
-                step=task.step, group=task.group, function=task.function, items=(item,), outcomes=task.outcomes, siblings=siblings
-            )
-            self.tasks.put(single)
+            self.tasks.put(replace(task, items=(item,), siblings=siblings))
 
     def _count_lost(self, function: str, failure: Failure) -> None:
         self.lost_in_a_row[function] += 1
         if self.lost_in_a_row[function] >= LOST_IN_A_ROW:
             self.error = self.error or ScoringError(
-                f"reward function {function!r} failed {LOST_IN_A_ROW} times in a row. The last: {failure.kind}: {failure.message}"
+                f"reward function {function!r} failed {LOST_IN_A_ROW} times in a row. "
+                f"The last: {failure.kind}: {failure.message}"
             )
             self.changed.notify_all()
 
@@ -218,11 +209,11 @@ class Scorer:
         rewards: list[float | None] = []
         for values in zip(*outcomes.values()):
             applicable = [(weight, value) for weight, value in zip(self.weights, values) if value is not None]
-            failed = any(isinstance(value, Failure) for value in values)
-            rewards.append(None if failed or not applicable else float(sum(weight * value for weight, value in applicable)))
-        by_function = {
-            name: tuple(None if isinstance(value, Failure) else value for value in values) for name, values in outcomes.items()
-        }
+            if not applicable or any(isinstance(value, Failure) for value in values):
+                rewards.append(None)
+            else:
+                rewards.append(float(sum(weight * value for weight, value in applicable)))
+        by_function = {name: tuple(map(_reward, values)) for name, values in outcomes.items()}
         return Score(rewards=tuple(rewards), by_function=by_function, failures=dict(failures))
 
     def _nothing_scored(self, step: _Step) -> str:
@@ -235,90 +226,15 @@ class Scorer:
                             f"none of the {samples} samples of step {step.number} could be scored. "
                             f"First failure: reward function {name!r}: {value.kind}: {value.message}"
                         )
-        names = ", ".join(self.functions)
-        return f"none of the {samples} samples of step {step.number} has a reward: {names} returned None for each of them"
+        return (
+            f"none of the {samples} samples of step {step.number} has a reward: "
+            f"{', '.join(self.functions)} returned None for each of them"
+        )
 
     def _raise_error(self) -> None:
         if self.error:
             raise self.error
 
 
-class _Worker:
-    """One reward process and its replacements; used by one thread, stopped by any."""
-
-    def __init__(self, index: int, spawn: Callable[[int], Any], setup_timeout: float):
-        self.index, self.spawn, self.setup_timeout = index, spawn, setup_timeout
-        self.handle: Any = None
-        self.takes_token_ids: set[str] = set()  # functions that may look at them
-        self.starts = 0
-        self.stopped = False
-        self.lock = threading.Lock()  # a process must not be made after `stop`
-
-    @property
-    def alive(self) -> bool:
-        """Is there a process, as far as known?"""
-        return self.handle is not None or self.stopped
-
-    def start(self) -> None:
-        """A process with its functions loaded. Raises ScoringError after SETUP_ATTEMPTS that failed, or one that hung."""
-        for attempt in range(SETUP_ATTEMPTS):
-            with self.lock:
-                if self.stopped:
-                    return
-                self.handle = self.spawn(self.index)
-                self.starts += 1
-            answer = self._ask("setup", (), self.setup_timeout)
-            if self.stopped:
-                return
-            if not isinstance(answer, Failure):
-                self.takes_token_ids = answer
-                return
-            self._kill()
-            if answer.kind == "timeout":
-                break
-        tried = f"after {attempt + 1} attempts" if attempt else "at its start"
-        raise ScoringError(f"reward worker {self.index} failed {tried}: {answer.kind}: {answer.message}")
-
-    def call(self, task: _Task, deadline: float, max_steps: int | None) -> tuple[Outcome, ...] | Failure:
-        """What the task's function returned, or why it did not; after a timeout or death the worker is no longer `alive`."""
-        if len(task.items) == 1 and isinstance(self._ask("ping", (), deadline), Failure):
-            # It died between two calls: this sample is not to blame.
-            self._kill()
-            self.start()
-        tokens = task.group.tokens if task.function in self.takes_token_ids else None
-        answer = self._ask("score", (task.request(max_steps), tokens), deadline)
-        if isinstance(answer, Failure) and answer.kind in LOST:
-            self._kill()
-        return answer
-
-    def stop(self) -> None:
-        """End the process, for good."""
-        with self.lock:
-            self.stopped = True
-        self._kill()
-
-    def _ask(self, method: str, arguments: tuple[Any, ...], deadline: float) -> Any:
-        try:
-            ref = getattr(self.handle, method).remote(*arguments)
-            done, _ = ray.wait([ref], timeout=deadline)
-            if not done:
-                return Failure(kind="timeout", message=f"no answer within {deadline:g} s")
-            return ray.get(ref)
-        except ray.exceptions.RayTaskError as error:  # not from the function itself: from loading it, or around its call
-            kind = "died" if isinstance(error.cause, MemoryError) else "raised"
-            return Failure(kind=kind, message=str(error).strip().split("\n")[-1])
-        except ray.exceptions.RayError as error:
-            return Failure(kind="died", message=_cause_of_death(error))
-
-    def _kill(self) -> None:
-        with self.lock:
-            handle, self.handle = self.handle, None
-        if handle is not None:
-            ray.kill(handle, no_restart=True)
-
-
-def _cause_of_death(error: Exception) -> str:
-    """What Ray says of a process's end, without its advice, in one line."""
-    text = " ".join(str(error).split())
-    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. |$)", text)
-    return f"its process ended ({detail[1]}: {detail[2]})" if detail else text[:300]
+def _reward(outcome: Outcome) -> float | None:
+    return None if isinstance(outcome, Failure) else outcome

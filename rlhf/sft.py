@@ -17,4 +17,4 @@ def train_sft(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkpo
         shards = row_shards(batch, config, data_size=roles.policy.data_size)
         metrics = roles.policy.on_shards("train_step", shards, sft_loss, None, None)[0]
         log.step(step + 1, metrics | {"tokens": sum(batch.lengths)})
-        checkpoints.save_if_due(step + 1, roles.policy, {"position": roles.data.position})
+        checkpoints.save_if_due(step + 1, roles.policy, roles.data.state())

@@ -30,12 +30,25 @@ def check_parsed(config: Config) -> None:
         raise ValueError("--dataset is missing: files (.jsonl) or hub ids")
     if config.train_iters is None and config.num_train_epochs is None:
         raise ValueError("give --train_iters or --num_train_epochs: the run has no length")
+    if config.micro_batch_tokens is not None:
+        if config.micro_batch_size != 1:
+            raise ValueError(
+                "give --micro_batch_size or --micro_batch_tokens, not both: each sets what a micro batch holds"
+            )
+        if config.packing:
+            raise ValueError("give --packing or --micro_batch_tokens, not both: each packs rows without padding")
+    if config.packing_length is not None and not config.packing:
+        raise ValueError("--packing_length needs --packing true")
 
 
-def validate(config: Config) -> list[str]:
-    """Check a resolved config whose `model` is a local folder; the notes to show its user. Raises ValueError."""
+def validate(config: Config, *, weights: bool = True) -> list[str]:
+    """Check a resolved config whose `model` is a local folder; the notes to show its user. Raises ValueError.
+
+    `weights` false: the folder need not hold weights and tokenizer.
+    """
     shape = read_shape(Path(config.model))
-    check_files(Path(config.model))
+    if weights:
+        check_files(Path(config.model))
     _check_parallel(config, shape)
     _check_batches(config)
     _check_optimizer(config)

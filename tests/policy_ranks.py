@@ -6,11 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf.records import GroupTokens, RowTokens, SequenceRef, Shard
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
@@ -214,3 +217,31 @@ def nll_loss(logprobs, batch):
     """Negative log likelihood of the trained tokens, and their number."""
     loss = -(batch.weights * batch.loss_mask * logprobs).sum()
     return loss, {"count": batch.loss_mask.sum()}
+
+
+def nan_loss(logprobs, batch):
+    """A loss that went wrong."""
+    return logprobs.sum() * float("nan"), {}
+
+
+def hugging_face(folder: Path):
+    """The float32 model of a folder; only in a process that does not import mcore-bridge."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def sequence_logprobs(hf, token_ids: np.ndarray, temperature: float = TEMPERATURE) -> torch.Tensor:
+    """[L], the first 0."""
+    import torch
+
+    ids = torch.from_numpy(token_ids.astype(np.int64))
+    logits = hf(input_ids=ids[None]).logits[0].float() / temperature
+    chosen = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+    return torch.cat([torch.zeros(1), chosen])
+
+
+def largest_difference(a: dict[Any, np.ndarray], b: dict[Any, np.ndarray]) -> float:
+    assert a.keys() == b.keys()
+    return max(float(np.abs(np.asarray(a[key]) - np.asarray(b[key])).max()) for key in a)

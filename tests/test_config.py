@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -223,7 +225,7 @@ def test_lengths_and_dtype_come_from_the_model(tmp_path):
     assert (sft.max_length, sft.packing_length, sft.micro_batch_tokens, sft.torch_dtype) == (
         2048,
         2048,
-        4096,
+        None,
         "float32",
     )
     assert (sft.model, sft.dataset) == (str(tmp_path / "m"), [f"{tmp_path}/d.jsonl#1"])
@@ -253,3 +255,24 @@ def test_help_lists_the_options_of_a_task_with_their_defaults():
         line for line in sft.splitlines() if "--global_batch_size INT" in line
     )
     assert all(f"--{name} " in help_text() for name in supported())
+
+
+def test_reading_a_command_imports_nothing_heavy():
+    heavy = {"torch", "ray", "vllm", "megatron", "swift", "transformers", "datasets"}
+    code = f"import sys, rlhf.options, rlhf.plan, rlhf.check; print(sorted({heavy} & set(sys.modules)))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_bare_command_works_from_another_folder(tmp_path):
+    write_model(tmp_path / "m", TINY)
+    (tmp_path / "d.jsonl").write_text("{}\n" * 64)
+    main = [sys.executable, str(Path(__file__).parent.parent / "rlhf" / "main.py")]
+    words = "--rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy --num_train_epochs 1".split()
+    done = subprocess.run([*main, "plan", "rlhf", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "optimizer steps: 32 (1 epochs of 64 rows)" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    wrong = subprocess.run([*main, "rlhf", "--lrr", "1"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown option --lrr; did you mean --lr?\n")

@@ -107,6 +107,7 @@ def test_words_that_are_not_understood(words, message):
         ("--num_generations 1", "num_generations 1 gives every response advantage 0: use at least 2"),
         ("--truncation_strategy right", "truncation_strategy right would cut the question's end: use left or delete"),
         ("--reward_funcs soft_overlong", "reward soft_overlong needs --soft_cache_length"),
+        ("--micro_batch_tokens 99 --micro_batch_size 2", "give --micro_batch_size or --micro_batch_tokens, not both: each sets what a micro batch holds"),
         ("--top_k 0", "top_k 0 leaves no token: use -1 for all"),
         ("--max_completion_length 2048", "max_completion_length 2048 leaves no room for a prompt: the model's limit is 2048 tokens"),
         ("--max_completion_length 99 --vllm_max_model_len 99", "max_completion_length 99 leaves no room for a prompt: vllm_max_model_len is 99 tokens"),
@@ -127,6 +128,9 @@ def test_settings_that_cannot_work(words, message):
         ("sft --dataset d --train_iters 1", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct"),
         ("sft --model m --train_iters 1", "--dataset is missing: files (.jsonl) or hub ids"),
         ("sft --model m --dataset d", "give --train_iters or --num_train_epochs: the run has no length"),
+        ("sft --model m --dataset d --train_iters 1 --packing_length 9", "--packing_length needs --packing true"),
+        ("sft --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
+        ("sft --model m --dataset d --train_iters 1 --packing --packing_length 9 --max_length 10", "packing_length 9 is less than max_length 10: a row must fit"),
         ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"),
     ],
 )  # fmt: skip
@@ -176,6 +180,12 @@ def test_a_model_without_tokenizer_or_weights(folder):
         error_of(f"rlhf {BASE}")
         == f"{folder}/m has no tokenizer (tokenizer.json or tokenizer.model): save it there too"
     )
+
+
+def test_a_plan_needs_neither_weights_nor_tokenizer(folder):
+    (folder / "m" / "model.safetensors").unlink()
+    (folder / "m" / "tokenizer.json").unlink()
+    assert load_config(["rlhf", *BASE.split()], weights=False).model == f"{folder}/m"
 
 
 def test_an_output_folder_that_cannot_be_written(folder):

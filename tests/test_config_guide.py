@@ -195,7 +195,7 @@ def test_grpo_server_mode_lacks_a_length_and_then_works(read):
 
 def test_the_multimodal_command_works_on_a_text_model(read):
     config = read(MULTIMODAL_SFT, 2)
-    assert (config.packing, config.packing_length, config.micro_batch_tokens) == (True, 2048, 2048)
+    assert (config.packing, config.packing_length, config.micro_batch_tokens) == (True, 2048, None)
 
 
 def test_moe_is_refused_by_name(read):
@@ -215,4 +215,4 @@ def test_shipped_yaml_files_are_complete_but_for_model_and_data(read):
     grpo = read(f"megaray rlhf --config {configs}/grpo.yaml {common} --reward_funcs accuracy", 4)
     assert (grpo.global_batch_size, grpo.lr, grpo.rollout_importance_sampling_mode) == (128, 1e-6, "token_truncate")
     sft = read(f"megaray sft --config {configs}/sft.yaml {common}", 4)
-    assert (sft.micro_batch_tokens, sft.max_length, sft.lr) == (8192, 2048, 1e-5)
+    assert (sft.packing_length, sft.max_length, sft.lr) == (8192, 2048, 1e-5)

@@ -147,7 +147,8 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused_unless_only_the_
 
 THINKING = (  # as Qwen3's: an empty thought before the last answer, and in the prompt when thinking is off
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if loop.last and m['role'] == 'assistant' and '</think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if loop.last and m['role'] == 'assistant' and '</think>' not in m['content'] %}<think>\n\n</think>\n\n"
+    "{% endif %}"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"

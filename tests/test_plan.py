@@ -191,6 +191,16 @@ def test_sft_has_no_rollout(tmp_path):
     )
 
 
+def test_packs_are_counted_when_the_dataset_has_been_packed(tmp_path):
+    folder = write_model(tmp_path, TINY)
+    config = Config(task="sft", model=str(folder), num_train_epochs=1, packing=True, packing_length=4096)
+    config = resolve(replace(config, micro_batch_size=2), read_shape(folder))
+    text = render(config, plan(config, dataset_rows=100, devices=CPU))
+    assert "global batch 16 packs / DP 1 / micro batch 2 = 8 micro batches a rank and step" in text
+    assert "optimizer steps: unknown until the dataset is packed" in text
+    assert "micro batches of 8,192 tokens" in text
+
+
 def test_rows_of_local_files(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\n{"a": 2}\n{"a": 3}')

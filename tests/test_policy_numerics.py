@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.policy_ranks import (
-    TEMPERATURE,
     Hosts,
-    nll_loss,
+    hugging_face,
+    largest_difference,
     policy_config,
     random_rows,
     ratio_loss,
+    sequence_logprobs,
     shards_of,
     start_hosts,
 )
@@ -178,25 +179,6 @@ def measure(hosts, layout, model, rows, advantages, reference, folder) -> Measur
         second_split=second_split,
         folder=folder,
     )
-
-
-def hugging_face(folder: Path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def sequence_logprobs(hf, token_ids: np.ndarray, temperature: float = TEMPERATURE) -> torch.Tensor:
-    """[L], the first 0."""
-    ids = torch.from_numpy(token_ids.astype(np.int64))
-    logits = hf(input_ids=ids[None]).logits[0].float() / temperature
-    chosen = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
-    return torch.cat([torch.zeros(1), chosen])
-
-
-def largest_difference(a: dict[Any, np.ndarray], b: dict[Any, np.ndarray]) -> float:
-    assert a.keys() == b.keys()
-    return max(float(np.abs(np.asarray(a[key]) - np.asarray(b[key])).max()) for key in a)
 
 
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)

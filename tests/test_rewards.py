@@ -13,8 +13,15 @@ from rewards.repetition import Repetition
 from rewards.soft_overlong import SoftOverlong
 
 OPTIONS = SimpleNamespace(
-    max_completion_length=100, cosine_min_len_value_wrong=-0.5, cosine_max_len_value_wrong=0.0, cosine_min_len_value_correct=1.0,
-    cosine_max_len_value_correct=0.5, cosine_max_len=None, repetition_n_grams=3, repetition_max_penalty=-1.0, soft_max_length=None,
+    max_completion_length=100,
+    cosine_min_len_value_wrong=-0.5,
+    cosine_max_len_value_wrong=0.0,
+    cosine_min_len_value_correct=1.0,
+    cosine_max_len_value_correct=0.5,
+    cosine_max_len=None,
+    repetition_n_grams=3,
+    repetition_max_penalty=-1.0,
+    soft_max_length=None,
     soft_cache_length=20,
 )
 
@@ -24,7 +31,7 @@ def options(**changed):
 
 
 def test_accuracy_compares_values_not_spelling():
-    texts = [r"so \boxed{0.5}", r"so $\frac{2}{4}$", "<answer>1/2</answer>", r"so \boxed{0.6}", "half", "", "1/2"]
+    texts = [r"so \boxed{0.5}", r"so \boxed{\frac{2}{4}}", "<answer>1/2</answer>", r"so \boxed{0.6}", "half", "", "1/2"]
     assert Accuracy()(texts, [r"$\frac{1}{2}$"] * 7) == [1, 1, 1, 0, 0, 0, 0]
 
 
@@ -89,17 +96,38 @@ def test_options_that_cannot_work_are_refused(function, changed, message):
 def test_built_ins_agree_with_ms_swift():
     from swift.rewards.orm import orms
 
-    answers = ["1/2", r"\boxed{\frac{1}{2}}", "$0.5$", "the answer is 0.5", "12", r"\boxed{12}", r"$x = 12$", r"\boxed{12.0}",
-               "<think>t</think><answer>12</answer>", "<think>t</think>\n<answer>\\frac{1}{2}</answer>", "<answer>x</answer>",
-               "it it it it is is it it it it", r"\boxed{1\,200}", r"\boxed{12 \text{ km}}", r"$(1, 2)$", "", "Word word WORD word"]
+    answers = [
+        "1/2",
+        r"\boxed{\frac{1}{2}}",
+        "$0.5$",
+        "the answer is 0.5",
+        "The final answer is $0.5$. I hope it is correct.",
+        "12",
+        r"\boxed{12}",
+        r"$x = 12$",
+        r"\boxed{12.0}",
+        "<think>t</think><answer>12</answer>",
+        "<think>t</think>\n<answer>\\frac{1}{2}</answer>",
+        "<answer>x</answer>",
+        "it it it it is is it it it it",
+        r"\boxed{1\,200}",
+        r"\boxed{12 \text{ km}}",
+        r"$(1, 2)$",
+        "",
+        "Word word WORD word",
+    ]
+    right = 0
     for solution in ("12", r"$\frac{1}{2}$", r"\boxed{12}", "<answer>0.5</answer>", "(1, 2)"):
         solutions, ids = [solution] * len(answers), [[0] * (7 * n) for n in range(len(answers))]
         args = options(soft_max_length=100, cosine_max_len=100)
-        theirs = {name: orms[name](args=args)(answers, solution=solutions, response_token_ids=ids) for name in
-                  ("accuracy", "format", "repetition", "cosine", "soft_overlong")}
+        theirs = {
+            name: orms[name](args=args)(answers, solution=solutions, response_token_ids=ids)
+            for name in ("accuracy", "format", "repetition", "cosine", "soft_overlong")
+        }
         assert Accuracy()(answers, solutions) == theirs["accuracy"]
         assert think_then_answer(answers) == theirs["format"]
         assert Repetition(args)(answers) == pytest.approx(theirs["repetition"], abs=1e-12)
         assert Cosine(args)(answers, solutions, ids) == pytest.approx(theirs["cosine"], abs=1e-12)
         assert SoftOverlong(args)(answers, ids) == pytest.approx(theirs["soft_overlong"], abs=1e-12)
-    assert 0 < sum(theirs["accuracy"]) < len(answers)
+        right += sum(theirs["accuracy"])
+    assert right == 15  # neither all nor none: the comparison means something

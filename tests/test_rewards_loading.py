@@ -23,7 +23,8 @@ ORM_PLUGIN = """
         def __call__(self, completions, solution, **kwargs):
             ids, state = kwargs['response_token_ids'], kwargs['trainer_state']
             assert [m[-1]['content'] for m in kwargs['messages']] == completions
-            return [len(i) / self.limit + float(s in c) + state.global_step for i, c, s in zip(ids, completions, solution)]
+            found = [float(s in c) for c, s in zip(completions, solution)]
+            return [len(i) / self.limit + f + state.global_step for i, f in zip(ids, found)]
 
     class Later(AsyncORM):
         async def __call__(self, completions, **kwargs):
@@ -70,16 +71,28 @@ def write(folder, name, text):
 
 def config(reward_funcs, plugins=(), **more):
     return SimpleNamespace(
-        reward_funcs=reward_funcs, external_plugins=list(plugins), reward_weights=None, max_completion_length=10,
-        soft_max_length=None, soft_cache_length=None, **more
+        reward_funcs=reward_funcs,
+        external_plugins=list(plugins),
+        reward_weights=None,
+        max_completion_length=10,
+        soft_max_length=None,
+        soft_cache_length=None,
+        **more,
     )
 
 
 def scored(functions, texts, **columns):
     n = len(texts)
     request = Request(
-        function="", items=tuple(range(n)), texts=tuple(texts), finish_reasons=("length",) + ("stop",) * (n - 1), prompt_index=5,
-        messages=[{"role": "user", "content": "1+1?"}], columns=columns, step=3, max_steps=9,
+        function="",
+        items=tuple(range(n)),
+        texts=tuple(texts),
+        finish_reasons=("length",) + ("stop",) * (n - 1),
+        prompt_index=5,
+        messages=[{"role": "user", "content": "1+1?"}],
+        columns=columns,
+        step=3,
+        max_steps=9,
     )
     ids = tuple(np.arange(2 * item, dtype=np.int32) for item in range(n))
     tokens = GroupTokens(prompt_ids=np.zeros(1, np.int32), response_ids=ids, rollout_logprobs=ids)
@@ -94,7 +107,10 @@ def test_ms_swift_orms_run_unchanged(tmp_path):
     plugin = write(tmp_path, "orm_rewards.py", ORM_PLUGIN)
     names = ["shorter", "later", "no_arguments", "format", "repetition"]
     check(names, [plugin])
-    with pytest.raises(ValueError, match="'shortest': did you mean 'shorter'. Available: accuracy, cosine, format, later, no_arguments,"):
+    with pytest.raises(
+        ValueError,
+        match="'shortest': did you mean 'shorter'. Available: accuracy, cosine, format, later, no_arguments,",
+    ):
         check(["shortest"], [plugin])
     functions = load(config(names, [plugin], repetition_n_grams=1, repetition_max_penalty=-1.0))
     assert scored(functions, ["two words", "no"], solution="two") == {
@@ -154,7 +170,9 @@ def test_other_values_fail_their_sample_alone(value):
     assert (first, last, bad.kind) == (1.0, 3.0, "bad_value")
 
 
-@pytest.mark.parametrize(("returned", "says"), [([1.0], "1 values for 2"), (1.0, "returned float"), (None, "NoneType"), ("ab", "str")])
+@pytest.mark.parametrize(
+    ("returned", "says"), [([1.0], "1 values for 2"), (1.0, "returned float"), (None, "NoneType"), ("ab", "str")]
+)
 def test_what_is_no_list_of_the_right_length_fails_the_call(returned, says):
     outcome = scored(function(lambda completions: returned), ["a", "b"])["f"]
     assert isinstance(outcome, Failure)
@@ -177,7 +195,10 @@ def test_bad_names_are_refused(names, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\nimport not_a_module", r"bad.py does not import: ModuleNotFoundError: No module named 'not_a_module' \(bad.py:2\)"),
+        (
+            "\nimport not_a_module",
+            r"bad.py does not import: ModuleNotFoundError: No module named 'not_a_module' \(bad.py:2\)",
+        ),
         ("def f(:\n  pass", r"bad.py does not import: SyntaxError: .* \(bad.py:1\)"),
         ("def g():\n    raise KeyError('x')\ng()", r"bad.py does not import: KeyError: 'x' \(bad.py:2\)"),
         ("raise SystemExit('stop')", r"bad.py does not import: SystemExit: stop \(bad.py:1\)"),

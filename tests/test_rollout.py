@@ -80,9 +80,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def cluster():
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": environment}
-    )
+    runtime_env = {"env_vars": environment}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env=runtime_env)
     yield
     ray.shutdown()
 
@@ -95,7 +94,7 @@ def settings(model: Path, **options) -> Config:
         max_completion_length=16,
         temperature=1.0,
         deterministic=True,
-        call_timeout=200,
+        call_timeout=500,
         push_timeout=60,
     )
     return Config(task="rlhf", model=str(model), **(defaults | options))
@@ -110,12 +109,7 @@ def start_engines(config: Config, count: int) -> RolloutEngines:
 
 
 @pytest.fixture(scope="module")
-def misspelt(cluster, models) -> RolloutEngines:
-    return start_engines(settings(models["a"], vllm={"max_num_seq": 8}), 1)
-
-
-@pytest.fixture(scope="module")
-def started(cluster, models, misspelt) -> RolloutEngines:
+def started(cluster, models) -> RolloutEngines:
     """Two engines with their own random weights, never those of a or b until they are pushed."""
     return start_engines(settings(models["a"]), 2)
 
@@ -181,7 +175,8 @@ def by_prompt(groups) -> dict[int, tuple[list[list[int]], list[list[float]]]]:
     found = {}
     for group in groups:
         tokens = ray.get(group.tokens)
-        found[group.prompt.index] = [r.tolist() for r in tokens.response_ids], [r.tolist() for r in tokens.rollout_logprobs]
+        logprobs = [row.tolist() for row in tokens.rollout_logprobs]
+        found[group.prompt.index] = [row.tolist() for row in tokens.response_ids], logprobs
     return found
 
 
@@ -189,11 +184,6 @@ def test_an_engine_refuses_to_generate_before_the_first_push(started) -> None:
     started.setup()
     with pytest.raises(RuntimeError, match="asked for weight version 0 but has no complete push"):
         list(started.generate(some_prompts(1), n=1))
-
-
-def test_a_misspelt_vllm_option_is_refused_by_name(misspelt) -> None:
-    with pytest.raises(ValueError, match="unknown option 'max_num_seq': did you mean 'max_num_seqs'"):
-        misspelt.setup()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -261,7 +251,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("tamper", REFUSALS)
-def test_a_wrong_push_is_refused_and_only_a_complete_one_lets_engines_answer_again(engines, policy, models, tamper) -> None:
+def test_a_wrong_push_is_refused_and_only_a_complete_one_heals(engines, policy, models, tamper) -> None:
     with pytest.raises(RuntimeError, match=REFUSALS[tamper]):
         push(engines, policy, models["a"], tamper)
     with pytest.raises(RuntimeError, match=f"asked for weight version {engines.version}"):
@@ -299,7 +289,7 @@ def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) ->
     assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
 
 
-def test_a_call_that_passes_its_deadline_names_engine_call_and_last_report(engines, policy, models, monkeypatch) -> None:
+def test_a_late_call_is_an_error_with_engine_call_and_last_report(engines, policy, models, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(engines, "config", replace(engines.config, call_timeout=0.05))
         late = r"rollout engine [01] did not finish `generate\(prompt \d+\)` within 0.05 s .*Last report: generating"
@@ -363,3 +353,9 @@ def test_tied_embeddings_are_pushed_without_an_output_layer(cluster, policy, tmp
         assert push(engines, policy, folder).num_tensors == 24
         assert logprob_error(hugging_face(folder), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
     ray.kill(engines.engines[0])
+
+
+@pytest.mark.slow
+def test_a_misspelt_vllm_option_is_refused_by_name(cluster, models) -> None:
+    with pytest.raises(ValueError, match="unknown option 'max_num_seq': did you mean 'max_num_seqs'"):
+        start_engines(settings(models["a"], vllm={"max_num_seq": 8}), 1).setup()

@@ -32,11 +32,12 @@ PLUGIN = """
         return [float("nan") if text == "nan" else None if text == "none" else 10.0 for text in completions]
 
     def slow(completions, **columns):
-        time.sleep(0.4 * len(completions))
+        time.sleep(0.35 * len(completions))
         return [1.0] * len(completions)
 
     def tokens(completions, completion_ids, trainer_state):
-        return [sum(ids) + 100.0 * trainer_state.global_step + trainer_state.max_steps for ids in completion_ids]
+        values = [sum(ids) + 100.0 * trainer_state.global_step + trainer_state.max_steps for ids in completion_ids]
+        return [None if text == "none" else value for text, value in zip(completions, values)]
 
     def never(completions):
         return [None for text in completions]
@@ -60,8 +61,13 @@ def plugin(tmp_path_factory):
 
 def make_scorer(plugin, *reward_funcs, worker=RewardWorker, **changed):
     options = {
-        "reward_funcs": list(reward_funcs), "reward_weights": None, "external_plugins": [plugin], "reward_workers": 2,
-        "reward_timeout": 1.5, "reward_memory": 0.5, "call_timeout": 60,
+        "reward_funcs": list(reward_funcs),
+        "reward_weights": None,
+        "external_plugins": [plugin],
+        "reward_workers": 2,
+        "reward_timeout": 1.5,
+        "reward_memory": 0.5,
+        "call_timeout": 60,
     }
     config = SimpleNamespace(**{**options, **changed})
     actor = ray.remote(worker)
@@ -78,11 +84,19 @@ def scorer(cluster, plugin):
 
 def group(index, *texts):
     ids = tuple(np.full(3, item, np.int32) for item in range(len(texts)))
-    tokens = GroupTokens(prompt_ids=np.zeros(4, np.int32), response_ids=ids, rollout_logprobs=tuple(np.zeros(3, np.float32) for _ in ids))
-    prompt = Prompt(index=index, token_ids=tokens.prompt_ids, messages=[{"role": "user", "content": "?"}], columns={"solution": "1"})
+    tokens = GroupTokens(
+        prompt_ids=np.zeros(4, np.int32), response_ids=ids, rollout_logprobs=tuple(np.zeros(3, np.float32) for _ in ids)
+    )
+    prompt = Prompt(
+        index=index, token_ids=tokens.prompt_ids, messages=[{"role": "user", "content": "?"}], columns={"solution": "1"}
+    )
     return Group(
-        prompt=prompt, tokens=ray.put(tokens), texts=texts, finish_reasons=("stop",) * len(texts),
-        response_lengths=(3,) * len(texts), weight_version=1,
+        prompt=prompt,
+        tokens=ray.put(tokens),
+        texts=texts,
+        finish_reasons=("stop",) * len(texts),
+        response_lengths=(3,) * len(texts),
+        weight_version=1,
     )
 
 
@@ -97,11 +111,20 @@ def test_rewards_are_weighted_sums_in_the_order_of_the_prompts(scorer):
 
 @pytest.mark.parametrize(
     ("bad", "kind"),
-    [("raise", "raised"), ("quit", "raised"), ("hang", "timeout"), ("exit", "died"), ("eat", "died"), ("nan", "bad_value")],
+    [
+        ("raise", "raised"),
+        ("quit", "raised"),
+        ("hang", "timeout"),
+        ("exit", "died"),
+        ("eat", "died"),
+        ("nan", "bad_value"),
+    ],
 )
 def test_a_bad_sample_costs_its_own_reward_alone(scorer, bad, kind):
     restarts = scorer.restarts
-    first, second = (score for _, score in scorer.score(iter([group(0, "a", bad, "b"), group(1, "c", "d", "e")]), step=2))
+    first, second = (
+        score for _, score in scorer.score(iter([group(0, "a", bad, "b"), group(1, "c", "d", "e")]), step=2)
+    )
     assert first.rewards == (10.5, None, 10.5)
     assert first.by_function == {"length": (1.0, float(len(bad)), 1.0), "fragile": (10.0, None, 10.0)}
     assert first.failures == {kind: 1}
@@ -125,7 +148,9 @@ def test_a_worker_killed_from_outside_costs_nothing(scorer):
 
 
 def test_a_step_without_any_reward_ends_the_run(scorer):
-    message = r"none of the 4 samples of step 5 .* 'fragile': raised: RuntimeError: no reward for this \(my_rewards.py:9\)"
+    message = (
+        r"none of the 4 samples of step 5 .* 'fragile': raised: RuntimeError: no reward for this \(my_rewards.py:9\)"
+    )
     with pytest.raises(ScoringError, match=message):
         scorer.score(iter([group(0, "raise", "raise"), group(1, "raise", "raise")]), step=5)
     assert scorer.score(iter([group(0, "a")]), step=6)[0][1].rewards == (10.5,)
@@ -142,37 +167,37 @@ def test_a_broken_stream_leaves_the_scorer_usable(scorer):
 
 
 def test_scoring_overlaps_generation_and_a_slow_function_is_called_singly(cluster, plugin):
-    scorer = make_scorer(plugin, "slow", reward_timeout=1.0, reward_workers=1)
-    scorer.wait_until_ready()
+    scorer = make_scorer(plugin, "slow", reward_workers=1)
+    texts = ("a", "b", "c", "d", "e", "f")  # 2.1 s together: too long; one at a time they pass
 
     def generate():
-        yield group(0, "a", "b", "c", "d")  # 1.6 s together: too long; one at a time they pass
-        time.sleep(20)
+        yield group(0, *texts)
+        deadline = time.monotonic() + 60
+        while not scorer.singly and time.monotonic() < deadline:  # all of them are scored before the stream ends
+            time.sleep(0.02)
 
     try:
-        assert scorer.score(generate(), step=1)[0][1].rewards == (1.0,) * 4
-        assert scorer.take_seconds()["score"] < 5
+        scorer.wait_until_ready()
+        assert scorer.score(generate(), step=1)[0][1].rewards == (1.0,) * 6
+        assert scorer.take_seconds()["score"] < 0.5
         assert scorer.restarts == 1
-        assert scorer.score(iter([group(0, "a", "b", "c", "d")]), step=2)[0][1].rewards == (1.0,) * 4
-        assert scorer.restarts == 1
-        assert scorer.take_seconds()["score"] > 1.5 and scorer.take_seconds() == {}
+        assert scorer.score(iter([group(0, *texts)]), step=2)[0][1].rewards == (1.0,) * 6
+        assert scorer.restarts == 1  # no call on the whole group this time
+        assert scorer.take_seconds()["score"] >= 2.1 and scorer.take_seconds() == {}
     finally:
         scorer.close()
 
 
-def test_functions_see_token_ids_and_the_step(cluster, plugin):
-    scorer = make_scorer(plugin, "tokens")
+def test_functions_see_token_ids_and_the_step_and_may_apply_to_nothing(cluster, plugin):
+    scorer = make_scorer(plugin, "tokens", "never")
     try:
-        assert scorer.score(iter([group(0, "a", "b")]), step=2)[0][1].rewards == (207.0, 210.0)
-    finally:
-        scorer.close()
-
-
-def test_functions_that_apply_to_nothing_end_the_run(cluster, plugin):
-    scorer = make_scorer(plugin, "never")
-    try:
-        with pytest.raises(ScoringError, match="none of the 2 samples of step 1 has a reward: never returned None"):
-            scorer.score(iter([group(0, "a", "b")]), step=1)
+        score = scorer.score(iter([group(0, "a", "b")]), step=2)[0][1]
+        assert score.rewards == (207.0, 210.0)
+        assert score.by_function["never"] == (None, None)
+        with pytest.raises(
+            ScoringError, match="none of the 2 samples of step 3 has a reward: tokens, never returned None"
+        ):
+            scorer.score(iter([group(0, "none", "none")]), step=3)
     finally:
         scorer.close()
 
@@ -187,31 +212,28 @@ def test_a_function_that_only_dies_ends_the_run_early(cluster, plugin, monkeypat
         scorer.close()
 
 
-class DiesAtSetup(RewardWorker):
-    def setup(self):
-        os._exit(4)
+def worker_with_setup(action):
+    class Worker(RewardWorker):  # in a function: travels to its process by value
+        def setup(self):
+            action()
 
-
-class RaisesAtSetup(RewardWorker):
-    def setup(self):
-        raise OSError("the file system is away")
-
-
-class HangsAtSetup(RewardWorker):
-    def setup(self):
-        time.sleep(600)
+    return Worker
 
 
 @pytest.mark.parametrize(
-    ("worker", "message"),
+    ("action", "timeout", "message"),
     [
-        (DiesAtSetup, "after 3 attempts: died: its process ended"),
-        (RaisesAtSetup, "after 3 attempts: raised: OSError: the file system is away"),
-        (HangsAtSetup, "at its start: timeout: no answer within 5 s"),
+        (lambda: os._exit(4), 60, "3 of 3 attempts.: died: its process ended"),
+        (
+            lambda: exec("raise OSError('the file system is away')"),
+            60,
+            "3 of 3 attempts.: raised: OSError: the file system is away",
+        ),
+        (lambda: time.sleep(600), 4, "1 of 3 attempts.: timeout: no answer within 4 s"),
     ],
 )
-def test_workers_that_cannot_start_end_the_run(cluster, plugin, worker, message):
-    scorer = make_scorer(plugin, "length", worker=worker, reward_workers=1, call_timeout=5 if worker is HangsAtSetup else 60)
+def test_workers_that_cannot_start_end_the_run(cluster, plugin, action, timeout, message):
+    scorer = make_scorer(plugin, "length", worker=worker_with_setup(action), reward_workers=1, call_timeout=timeout)
     try:
         with pytest.raises(ScoringError, match=message):
             scorer.wait_until_ready()

@@ -5,7 +5,7 @@
 - `cuda_names`: device names, streams and random states of `torch.cuda` mean the CPU in this process;
 - `transformer_engine`: the few Transformer Engine classes that Megatron wraps, in plain torch, with the same class and
   parameter names, so that layer specs, weight names, LoRA and packing are those of a GPU run;
-- `megatron_patches`: what remains in megatron-core itself (random states, type names, two optimizer defects).
+- `megatron_patches`: what remains in megatron-core itself (random states, type names, optimizer defects).
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.megatron.model import Model
-
 
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Megatron's names
 
@@ -31,7 +31,6 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
         base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
@@ -55,13 +54,19 @@ def adapter_merged(model: Model) -> Iterator[None]:
     if not model.has_adapter:
         yield
         return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # PeftModel.merge_adapter copies the model's config, which by then refers to process groups.
+    layers = [layer for layer in model.module.modules() if isinstance(layer, BaseTunerLayer)]
     weights = [parameter for name, parameter in model.module.named_parameters() if ".base_layer." in name]
     kept = [weight.detach().to("cpu", copy=True) for weight in weights]
-    model.module.merge_adapter()
+    for layer in layers:
+        layer.merge()
     try:
         yield
     finally:
-        model.module.unmerge_adapter()
+        for layer in layers:
+            layer.unmerge()
         for weight, old in zip(weights, kept):
             weight.data.copy_(old)
 
@@ -77,12 +82,7 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
     settings = model.module.peft_config["default"]
-    megatron_targets = settings.target_modules
-    settings.target_modules = targets
-    try:
-        settings.save_pretrained(str(folder))
-    finally:
-        settings.target_modules = megatron_targets
+    replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
 
 
 def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
     if (index := folder / "model.safetensors.index.json").exists():
         files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors file: convert the model with `save_pretrained` of transformers")
+        raise ValueError(f"{folder} has no *.safetensors file: convert the model with transformers' `save_pretrained`")
     shapes = {name: shape for file in files for name, shape in _header(file).items()}
     config = json.loads((folder / "config.json").read_text())
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))

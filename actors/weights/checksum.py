@@ -1,4 +1,4 @@
-"""A checksum of bytes that notices a changed word and two swapped ones, at memory speed in plain torch on any device."""
+"""A checksum that notices a changed word and two swapped ones: plain torch, on any device, near the speed of a copy."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ MASK = (1 << 64) - 1
 def checksum(data: torch.Tensor) -> int:
     """A 64-bit checksum of uint8 [size], size a multiple of 4, as an unsigned integer.
 
-    Word i of a block counts 2i + 1 times, block b MULTIPLIER ** b times, modulo 2 ** 64. One changed word always changes the
-    result (odd multiples of less than 2 ** 33), and so do two swapped words of one block (less than 2 ** 33 times 2 ** 19).
-    Words are widened to 64 bits first: with 64-bit words, swapping two that differ in the sign alone would go unseen.
+    Word i of a block counts 2i + 1 times, block b MULTIPLIER ** b times, modulo 2 ** 64. One changed word always
+    changes the result (an odd multiple of less than 2 ** 33), and so do two swapped words of one block (less than
+    2 ** 33 times less than 2 ** 19). Words have 4 bytes: with 8, a swap of two that
+    differ in the highest bit alone would go unseen.
     """
     import torch
 

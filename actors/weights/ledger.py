@@ -1,4 +1,4 @@
-"""What a weight push has delivered so far, and whether that is exactly the model: nothing missing, unknown, twice or misshapen."""
+"""What a weight push has delivered, and if it is exactly the model: nothing missing, unknown, twice, misshapen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PushLedger:
             if wanted is None and name not in self.tensors.redundant:
                 raise PushError(f"unknown tensor {name!r} in the push of version {bucket.version}{self._nearest(name)}")
             if wanted is not None and shape != wanted:
-                raise PushError(f"tensor {name!r} has shape {shape} in the push of version {bucket.version}, the model {wanted}")
+                raise PushError(f"tensor {name!r} has shape {shape} in version {bucket.version}, the model {wanted}")
             self.received.add(name)
         return [name for name in bucket.names if name not in self.tensors.redundant]
 

@@ -31,7 +31,7 @@ def push_weights(
     """Send every tensor, under its Hugging Face name, to every engine; returns when all acknowledged `version`.
 
     `named_tensors` is always read to its end, also after a failure: on the other ranks of a collective export somebody
-    waits for each tensor. Raises PushError naming the engine, or the tensor that is not finite, or what the engine refused.
+    waits for each tensor. Raises PushError naming the engine, or the tensor that is not finite, or what was refused.
     """
     start, tensors = time.monotonic(), iter(named_tensors)
     try:
@@ -48,7 +48,7 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     if tensor.numel() and tensor.is_floating_point():
         low, high = tensor.aminmax()  # a NaN anywhere makes both NaN
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise PushError(f"weights not pushed: tensor {name!r} is not finite (smallest {low.item()}, largest {high.item()})")
+            raise PushError(f"weights not pushed: tensor {name!r} is not finite (from {low.item()} to {high.item()})")
 
 
 class _Push:
@@ -124,16 +124,16 @@ class _Push:
 
         results = []
         for index, ref in enumerate(refs):
+            engine = f"rollout engine {index} of {len(refs)}"
             try:
                 left = self.start + self.timeout - time.monotonic()
                 results.append(ray.get(ref, timeout=max(left, 0)))
             except ray.exceptions.GetTimeoutError:
                 raise PushError(
-                    f"rollout engine {index} of {len(refs)} did not answer `{call}` of version {self.version} within push_timeout "
-                    f"({self.timeout:.0f} s)"
+                    f"{engine} did not answer `{call}` of version {self.version} in push_timeout ({self.timeout:g} s)"
                 ) from None
             except ray.exceptions.RayTaskError as error:
-                raise PushError(f"rollout engine {index} of {len(refs)}, `{call}`: {error.cause}") from error
+                raise PushError(f"{engine}, `{call}`: {error.cause}") from error
             except ray.exceptions.RayActorError as error:
-                raise PushError(f"rollout engine {index} of {len(refs)} died during `{call}` of version {self.version}") from error
+                raise PushError(f"{engine} died during `{call}` of version {self.version}") from error
         return results

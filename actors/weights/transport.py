@@ -1,7 +1,7 @@
 """How the bytes of a weight push get from a policy rank to a rollout engine.
 
-One small interface, so that CUDA IPC (same GPU) and NCCL (another GPU or node) can stand behind it. A payload is whatever
-the receiving side needs to find the bytes; it travels inside a `Bucket`, as an argument of a Ray call.
+One small interface, so that CUDA IPC (same GPU) and NCCL (another GPU or node) can stand behind it. A payload is
+whatever the receiving side needs to find the bytes; it travels inside a `Bucket`, as an argument of a Ray call.
 """
 
 from __future__ import annotations

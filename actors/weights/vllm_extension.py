@@ -1,7 +1,7 @@
 """The receiving side inside a vLLM worker, mixed into it by `worker_extension_cls`; called through `collective_rpc`.
 
-Layerwise reload keeps a reference to each tensor until its (fused) layer is complete, then repacks the layer for the CPU's
-kernels. Tensors are therefore views of their own bucket's memory, which lives as long as one of them does.
+Layerwise reload keeps a reference to each tensor until its (fused) layer is complete, then repacks the layer for the
+CPU's kernels. Tensors are therefore views of their own bucket's memory, which lives as long as one of them does.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class WeightReceiver:
         found = checksum(data)
         if found != bucket.checksum:
             raise PushError(
-                f"bucket {bucket.index} of version {bucket.version} ({bucket.size} bytes, {bucket.names[0]} to {bucket.names[-1]}) "
-                f"was damaged on the way: checksum {found:016x}, sent {bucket.checksum:016x}"
+                f"bucket {bucket.index} of version {bucket.version} ({bucket.size} bytes, {bucket.names[0]} to "
+                f"{bucket.names[-1]}) was damaged on the way: checksum {found:016x}, sent {bucket.checksum:016x}"
             )
         wanted = set(names)
         entries = zip(bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets, strict=True)
-        weights = [(name, _read(data, dtype, shape, offset)) for name, dtype, shape, offset in entries if name in wanted]
+        weights = [(name, _read(data, *where)) for name, *where in entries if name in wanted]
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
             self.model_runner.model.load_weights(weights)
 
