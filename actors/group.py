@@ -77,7 +77,7 @@ class ActorGroup:
         return refs
 
     def raise_if_dead(self) -> None:
-        """Raise RankFailure when a rank has died. Costs no waiting: each call looks at the answers to an earlier one's questions."""
+        """Raise RankFailure when a rank has died. It does not wait: a call looks at the answers to an earlier one's questions."""
         if not self._pings:
             self._pings = {actor.report.remote(): rank for rank, actor in enumerate(self.actors)}
         done, _ = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0)

@@ -21,7 +21,9 @@ from rlhf.records import Group, SequenceRef, Shard
 Bin = list[int]  # positions of the sequences of one micro batch
 
 
-def pack(lengths: Sequence[int], *, data_size: int, max_sequences: int | None = None, max_tokens: int | None = None) -> list[list[Bin]]:
+def pack(
+    lengths: Sequence[int], *, data_size: int, max_sequences: int | None = None, max_tokens: int | None = None
+) -> list[list[Bin]]:
     """Positions of `lengths` (tokens each) as [data rank][micro batch][sequence].
 
     Exactly one limit is given. Ranks get nearly equal token counts, by longest-first assignment.

@@ -130,4 +130,4 @@ def test_built_ins_agree_with_ms_swift():
         assert Cosine(args)(answers, solutions, ids) == pytest.approx(theirs["cosine"], abs=1e-12)
         assert SoftOverlong(args)(answers, ids) == pytest.approx(theirs["soft_overlong"], abs=1e-12)
         right += sum(theirs["accuracy"])
-    assert right == 15  # neither all nor none: the comparison means something
+    assert 10 <= right <= 40  # of 90: neither none nor all, so the comparison means something

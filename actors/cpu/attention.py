@@ -104,11 +104,9 @@ class DotProductAttention(torch.nn.Module):
         groups = _groups_of(cu_seqlens_q)
         if groups.gather is not None:
             query, key, value = (x.index_select(0, groups.gather) for x in (query, key, value))
-        outputs, offset = [], 0
-        for count, length in groups.shapes:
-            part = slice(offset, offset + count * length)
-            outputs.append(self._attend(query[part], key[part], value[part], count, length))
-            offset += count * length
+        sizes = [count * length for count, length in groups.shapes]
+        parts = zip(groups.shapes, *(x.split(sizes) for x in (query, key, value)))
+        outputs = [self._attend(*tensors, count, length) for (count, length), *tensors in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output if groups.scatter is None else output.index_select(0, groups.scatter)
 

