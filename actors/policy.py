@@ -70,9 +70,7 @@ class Policy(MegatronRank):
         from actors.megatron.micro_batch import fetch_logprobs, fetch_sources, pack_micro_batches
         from actors.megatron.parallel import returns_results
 
-        def output_loss(
-            logits: torch.Tensor, micro_batch: PackedMicroBatch
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             logprobs = self._next_token_logprobs(logits, micro_batch)
             value, metrics = loss(logprobs, micro_batch.batch)
             return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)

@@ -9,6 +9,7 @@ end it refuses to generate.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class RolloutEngine:
             with self.progress.doing(f"finishing the push of version {version}"):
                 count = self.ledger.finish(version, names)
                 engine = self.thread.engine
-                engine.collective_rpc("finish_weights")
+                engine.collective_rpc("finish_weights", args=(self.ledger.tensors.tied,))
                 if not engine.reset_prefix_cache(reset_running_requests=True):
                     raise PushError(f"version {version}: the prefix cache of the old weights could not be reset")
                 self.acknowledged = version
@@ -203,6 +204,7 @@ def _seed(seed: int, index: int) -> int:
 
 
 def _build(config: Any, index: int, load_weights: bool) -> LLMEngine:
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     from vllm.v1.engine.llm_engine import LLMEngine
 
     return LLMEngine.from_engine_args(_engine_args(config, index, load_weights))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import threading
+from decimal import Decimal
 from typing import Any
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
 PARSE_SECONDS = 5  # for one expression; as math-verify's own default
 
 
@@ -15,8 +18,9 @@ class Accuracy:
     """1.0 where the completion's answer equals the solution, else 0.0.
 
     An answer in `<answer>` tags may be a bare expression; without tags it must be in `\\boxed{}`, or announced as
-    math-verify knows it ("the final answer is $...$"). Semantics of ms-swift's `MathAccuracy`, but for a solution that
-    math-verify cannot parse: that raises, where a reward of 0 would hide a broken dataset or installation.
+    math-verify knows it ("the final answer is $...$"). Semantics of ms-swift's `MathAccuracy`, with two differences: a
+    completion that is nothing but a number is that answer; and a solution that math-verify cannot parse raises, where a
+    reward of 0 would hide a broken dataset or installation.
     """
 
     def __init__(self, config: Any = None):
@@ -26,6 +30,7 @@ class Accuracy:
         """Import math-verify and its parsers: seconds that must not count against the first completions' deadlines."""
         from math_verify import parse, verify
 
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn of every call without a deadline
         expression = parse(r"\boxed{\frac{1}{2}}", parsing_timeout=None)
         if not verify(expression, expression, timeout_seconds=None):
             raise RuntimeError("math-verify does not work here: it does not find 1/2 equal to itself")
@@ -36,9 +41,18 @@ class Accuracy:
     def _reward(self, text: str, solution: str) -> float:
         from math_verify import verify
 
+        number = _number(text)
+        if number is not None and (wanted := _number(solution)) is not None:
+            return float(number == wanted)
         gold = self.solution(solution)
         seconds = _seconds()
         return float(verify(gold, _parse_completion(text, seconds), timeout_seconds=seconds))
+
+
+def _number(text: str) -> Decimal | None:
+    """The value of a text that is a decimal number and nothing else."""
+    text = text.strip()
+    return Decimal(text.replace(",", "")) if NUMBER.fullmatch(text) else None
 
 
 def _parse_solution(solution: str) -> list[Any]:

@@ -6,6 +6,7 @@ bundles. In server mode each engine has bundles of its own. The data and reward 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ class Cluster:
             under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a token is in use
             ray.init(
                 runtime_env={"env_vars": environment | QUIET},
                 include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,

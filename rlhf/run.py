@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rewards.loading import check as check_rewards
+from rewards.loading import check_config as check_rewards
 from rlhf.checkpoint import Checkpoint, Checkpoints, run_folder
 from rlhf.config import Config
 from rlhf.counts import policy_ranks, rollout_engines, total_steps
@@ -25,7 +25,7 @@ def run(config: Config) -> int:
     check_dataset(config)
     check_reporters(config.report_to)
     if config.task == "rlhf":
-        check_rewards(config.reward_funcs, config.external_plugins)
+        check_rewards(config)
     folder = run_folder(config)
     checkpoints = Checkpoints(folder, config)
     resumed = checkpoints.find()

@@ -134,9 +134,7 @@ class Group:
         """The results of the ranks that return some."""
         import ray
 
-        refs = [
-            actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)
-        ]
+        refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
         results = ray.get(refs, timeout=120)
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
@@ -156,8 +154,17 @@ class Group:
 
 
 def start_hosts(count: int) -> Hosts:
+    """Start a Ray of our own, and `count` processes in it."""
     import ray
 
+    for attempt in range(3):  # Ray gives its own start 30 s, which a busy machine can pass
+        try:
+            ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     kind = ray.remote(PolicyHost).options(num_cpus=1, runtime_env={"env_vars": environment})
     return Hosts(actors=[kind.remote() for _ in range(count)])
@@ -173,9 +180,7 @@ def random_rows(count: int, *, seed: int = 0, longest: int = 40, vocabulary: int
     )
 
 
-def shards_of(
-    rows: RowTokens, source: Any, split: list[list[list[int]]], advantages: np.ndarray | None = None
-) -> list[Shard]:
+def shards_of(rows: RowTokens, source: Any, split: list[list[list[int]]], advantages: np.ndarray | None = None) -> list[Shard]:
     """One shard for each data rank; `split[data rank][micro batch]` names rows. Every trained token has the same weight."""
     total = int(sum(mask.sum() for mask in rows.loss_masks))
 

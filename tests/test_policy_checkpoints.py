@@ -45,7 +45,6 @@ def rows():
 
 @pytest.fixture(scope="module")
 def hosts() -> Hosts:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield start_hosts(2)
     ray.shutdown()
 
@@ -103,10 +102,7 @@ def test_saved_folder_loads_in_transformers(from_tp2, model):
     loaded = hugging_face(folder / "step2")
     weights = load_file(folder / "step2" / "model.safetensors")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.named_parameters())
-    assert (
-        AutoTokenizer.from_pretrained(folder / "step2").chat_template
-        == AutoTokenizer.from_pretrained(model).chat_template
-    )
+    assert AutoTokenizer.from_pretrained(folder / "step2").chat_template == AutoTokenizer.from_pretrained(model).chat_template
     assert json.loads((folder / "step2" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -178,9 +174,7 @@ def test_learning_rate_follows_warm_up_and_cosine(hosts, model, rows, source):
         pytest.param({"tie_word_embeddings": True}, 2, {"pipeline_model_parallel_size": 2}, id="tied-pp2"),
         pytest.param({"tie_word_embeddings": True}, 2, {"tensor_model_parallel_size": 2}, id="tied-tp2"),
         pytest.param({"vocab_size": 511}, 2, {"tensor_model_parallel_size": 2}, id="odd-vocabulary-tp2"),
-        pytest.param(
-            {"vocab_size": 511}, 2, TP2_SP | {"cross_entropy_loss_fusion": False}, id="odd-vocabulary-unfused"
-        ),
+        pytest.param({"vocab_size": 511}, 2, TP2_SP | {"cross_entropy_loss_fusion": False}, id="odd-vocabulary-unfused"),
     ],
 )
 def test_other_vocabularies(hosts, rows, tmp_path, overrides, size, layout):

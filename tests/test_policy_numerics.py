@@ -90,7 +90,6 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hosts() -> Hosts:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield start_hosts(2)
     ray.shutdown()
 

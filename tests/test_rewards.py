@@ -131,3 +131,8 @@ def test_built_ins_agree_with_ms_swift():
         assert SoftOverlong(args)(answers, ids) == pytest.approx(theirs["soft_overlong"], abs=1e-12)
         right += sum(theirs["accuracy"])
     assert 10 <= right <= 40  # of 90: neither none nor all, so the comparison means something
+
+
+def test_a_bare_number_is_an_answer():
+    accuracy = Accuracy()
+    assert accuracy(["85", " 85\n", "85.0", "1,085", "84", "85+", ""], ["85"] * 3 + ["1085"] + ["85"] * 3) == [1, 1, 1, 1, 0, 0, 0]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from actors.group import ActorGroup, RankFailure
@@ -41,7 +42,6 @@ class Sender:
 
     def push_weights(self, engines, version: int):
         import torch
-        from safetensors.torch import load_file
 
         from actors.weights.push import push_weights
         from actors.weights.transport import ObjectStore
@@ -230,7 +230,7 @@ def test_a_stop_word_ends_a_response_with_the_token_that_completes_it(engines, m
     prompts = some_prompts(16)
     for prompt in prompts:  # random bytes may be half a character, which would be completed in the response's text
         prompt.token_ids[-1] = tokenizer.convert_tokens_to_ids("x")
-    sampling = {"stop_words": [word], "max_completion_length": 32, "temperature": 3.0}
+    sampling = {"stop_words": [word], "max_completion_length": 32, "temperature": 2.0}
     groups = list(engines.generate(prompts, n=8, sampling=sampling))
     stopped = 0
     for group in groups:
@@ -239,7 +239,7 @@ def test_a_stop_word_ends_a_response_with_the_token_that_completes_it(engines, m
             stopped += completing[response[-1]]
             assert reason == "stop" if completing[response[-1]] or response[-1] == EOS else len(response) == 32
     assert stopped > 0
-    assert logprob_error(hugging_face(models["b"]), groups, 3.0) <= TOLERANCE
+    assert logprob_error(hugging_face(models["b"]), groups, 2.0) <= TOLERANCE
 
 
 REFUSALS = {
@@ -347,13 +347,18 @@ def test_engines_killed_while_pulling_and_before_a_push_are_replaced(engines, po
 
 
 @pytest.mark.slow
-def test_tied_embeddings_are_pushed_without_an_output_layer(cluster, policy, tmp_path) -> None:
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_output_layer_follows_the_embedding(cluster, policy, tmp_path, stored) -> None:
     folders = [
         make_tiny_model(tmp_path / str(seed), seed=seed, head_dim=32, tie_word_embeddings=True) for seed in (0, 1)
     ]
+    if stored:  # some tools write the output layer too
+        file = folders[0] / "model.safetensors"
+        weights = load_file(file)
+        save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     engines = start_engines(settings(folders[0]), 1)
     for folder in (folders[1], folders[0], folders[1]):
-        assert push(engines, policy, folder).num_tensors == 24
+        assert push(engines, policy, folder).num_tensors == 24 + (stored and folder is folders[0])
         assert logprob_error(hugging_face(folder), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
     ray.kill(engines.engines[0])
 

@@ -80,7 +80,7 @@ def test_expected_tensors_come_from_every_shard(tmp_path) -> None:
     save_file({"left.over": torch.zeros(1)}, tmp_path / "other.safetensors")  # not in the index: not the model's
     found = checkpoint_tensors(tmp_path)
     assert found.required == dict.fromkeys(names, (2, 3))
-    assert not found.redundant
+    assert not found.redundant and not found.tied
     assert checkpoint_dtype(tmp_path) == "bfloat16"
 
 
@@ -90,7 +90,7 @@ def test_a_tied_output_layer_is_not_required(tmp_path, stored: bool) -> None:
     write_checkpoint(tmp_path, names, {"tie_word_embeddings": True})
     found = checkpoint_tensors(tmp_path)
     assert list(found.required) == ["model.embed_tokens.weight"]
-    assert found.redundant == {"lm_head.weight"}
+    assert found.redundant == {"lm_head.weight"} and found.tied
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path) -> None:
@@ -99,7 +99,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path) -> None:
 
 
 def ledger(*required: str) -> PushLedger:
-    tensors = CheckpointTensors(required=dict.fromkeys(required, (2, 3)), redundant=frozenset(["lm_head.weight"]))
+    tensors = CheckpointTensors(required=dict.fromkeys(required, (2, 3)), redundant=frozenset(["lm_head.weight"]), tied=True)
     return PushLedger(tensors)
 
 

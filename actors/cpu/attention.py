@@ -45,9 +45,7 @@ def group_by_length(lengths: np.ndarray) -> Groups:
         scatter[tokens[real]] = offset + np.flatnonzero(real)
         shapes.append((count, longest))
         offset += count * longest
-    return Groups(
-        shapes=tuple(shapes), gather=torch.from_numpy(np.concatenate(gather)), scatter=torch.from_numpy(scatter)
-    )
+    return Groups(shapes=tuple(shapes), gather=torch.from_numpy(np.concatenate(gather)), scatter=torch.from_numpy(scatter))
 
 
 def _split(order: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -98,9 +96,7 @@ class DotProductAttention(torch.nn.Module):
         **_: Any,
     ) -> torch.Tensor:  # [T, H * D]
         if qkv_format != "thd" or "causal" not in attn_mask_type or attention_mask is not None:
-            raise NotImplementedError(
-                f"attention of {qkv_format} with mask {attn_mask_type}: only packed causal sequences"
-            )
+            raise NotImplementedError(f"attention of {qkv_format} with mask {attn_mask_type}: only packed causal sequences")
         groups = _groups_of(cu_seqlens_q)
         if groups.gather is not None:
             query, key, value = (x.index_select(0, groups.gather) for x in (query, key, value))
@@ -110,9 +106,7 @@ class DotProductAttention(torch.nn.Module):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output if groups.scatter is None else output.index_select(0, groups.scatter)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int, length: int
-    ) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int, length: int) -> torch.Tensor:
         """[B * L, heads, D] each, to [B * L, H * D]."""
         query, key, value = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
         window = None

@@ -83,9 +83,7 @@ class Linear(TransformerEngineBaseModule):
                 init_method(self.weight)
         self.register_parameter("bias", None)
         if bias:
-            self.bias = _mark_parallel(
-                nn.Parameter(torch.zeros(self.out_features, **place)), parallel_mode == "column", 0
-            )
+            self.bias = _mark_parallel(nn.Parameter(torch.zeros(self.out_features, **place)), parallel_mode == "column", 0)
             if parallel_mode == "row":
                 self.bias.sequence_parallel = self.sequence_parallel
 
@@ -171,9 +169,7 @@ class GroupedLinear(TransformerEngineBaseModule):
     def set_extra_state(self, state: Any) -> None:
         pass
 
-    def forward(
-        self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None, **_: Any
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None, **_: Any) -> torch.Tensor:
         outputs = []
         for i, part in enumerate(torch.split(x, list(m_splits))):
             bias = getattr(self, f"bias{i}") if self.use_bias else None

@@ -75,15 +75,11 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
     contents = dist_checkpointing.load_common_state_dict(source)["contents"]
     if contents["adapter"] != model.has_adapter:
         kinds = {True: "an adapter", False: "a full model"}
-        raise ValueError(
-            f"{folder} is a checkpoint of {kinds[contents['adapter']]}, the run trains {kinds[model.has_adapter]}"
-        )
+        raise ValueError(f"{folder} is a checkpoint of {kinds[contents['adapter']]}, the run trains {kinds[model.has_adapter]}")
     state = _model_state(model)
     everything: dict[str, Any] = {"model": state}
     if contents["optimizer"]:
-        everything["optimizer"] = training.optimizer.sharded_state_dict(
-            state, is_loading=True, metadata=OPTIMIZER_FORMAT
-        )
+        everything["optimizer"] = training.optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_FORMAT)
     same_layout = contents["layout"] == _layout(model)
     if contents["rng"] and same_layout:
         everything["rng"] = _rng_state(model, None)
@@ -172,9 +168,7 @@ def _in_process_writer() -> Any:
 
     class InProcessWriter(strategies.TorchDistSaveShardedStrategy):
         def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-            state, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(
-                sharded_state_dict, self.keep_only_main_replica
-            )
+            state, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
             checkpoint.save(
                 strategies.mcore_to_pyt_state_dict(state, False),
                 storage_writer=checkpoint.FileSystemWriter(checkpoint_dir),
@@ -196,12 +190,7 @@ def _copy_companions(model: Model, folder: Path, *, config: bool) -> None:
     """What stands beside the weights: tokenizer, generation config, and the model's config with the dtype that was written."""
     for file in sorted(model.folder.iterdir()):
         companion = file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-        if (
-            file.is_file()
-            and companion
-            and file.name != "config.json"
-            and not file.name.endswith(".safetensors.index.json")
-        ):
+        if file.is_file() and companion and file.name != "config.json" and not file.name.endswith(".safetensors.index.json"):
             shutil.copyfile(file, folder / file.name)
     if not config:
         return

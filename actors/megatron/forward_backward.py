@@ -48,9 +48,7 @@ def sum_gradients(chunks: list[Any], num_tokens: torch.Tensor | None = None, **g
     finalize_model_grads(chunks, None, **groups)
 
 
-def _forward_step(
-    output_loss: OutputLoss, batches: Iterator[PackedMicroBatch], module: torch.nn.Module
-) -> tuple[Any, Any]:
+def _forward_step(output_loss: OutputLoss, batches: Iterator[PackedMicroBatch], module: torch.nn.Module) -> tuple[Any, Any]:
     micro_batch = next(batches)
     output = module(**micro_batch.model_inputs())
     return output, partial(_summed, output_loss, micro_batch)

@@ -59,8 +59,7 @@ def pack_micro_batches(
 ) -> list[PackedMicroBatch]:
     """Every micro batch of `shard`, whose `sources` were fetched; `old` and `ref` hold logprobs by sequence key."""
     return [
-        _pack(sequences, shard, sources, device=device, multiple=multiple, old=old, ref=ref)
-        for sequences in shard.micro_batches
+        _pack(sequences, shard, sources, device=device, multiple=multiple, old=old, ref=ref) for sequences in shard.micro_batches
     ]
 
 

@@ -75,6 +75,7 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
         model_config = ModelConfig(**settings)
         (module,) = get_mcore_model(model_config)
     _mark_vocabulary_weights(module)
+    _silence_progress_bars()
     model_config.bridge.load_weights([module], folder)
     return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes)
 
@@ -89,9 +90,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     from megatron.core.optimizer import OptimizerConfig
 
     parts: tuple[dict[str, Any], ...] = ({}, {}, {})
-    known = [
-        {field.name for field in fields(kind)} for kind in (ModelConfig, OptimizerConfig, DistributedDataParallelConfig)
-    ]
+    known = [{field.name for field in fields(kind)} for kind in (ModelConfig, OptimizerConfig, DistributedDataParallelConfig)]
     for name, value in options.items():
         owners = [part for part, names in zip(parts, known) if name in names]
         if name in OWNED:
@@ -99,9 +98,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         if not owners:
             near = difflib.get_close_matches(name, set().union(*known), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"megatron.{name} is no field of Megatron's model, optimizer or data-parallel config{hint}"
-            )
+            raise ValueError(f"megatron.{name} is no field of Megatron's model, optimizer or data-parallel config{hint}")
         for part in owners:
             part[name] = value
     return parts
@@ -192,13 +189,21 @@ def _stored_dtype(hugging_face: Any) -> torch.dtype:
 def _check_divides(settings: dict[str, Any], sizes: ParallelSizes) -> None:
     for name in ("num_attention_heads", "num_query_groups"):
         if settings.get(name) and settings[name] % sizes.tensor:
-            raise ValueError(
-                f"tensor_model_parallel_size {sizes.tensor} does not divide the model's {name} {settings[name]}"
-            )
+            raise ValueError(f"tensor_model_parallel_size {sizes.tensor} does not divide the model's {name} {settings[name]}")
     if settings["num_layers"] % sizes.pipeline:
         raise ValueError(
             f"pipeline_model_parallel_size {sizes.pipeline} does not divide the model's {settings['num_layers']} layers"
         )
+
+
+def _silence_progress_bars() -> None:
+    """mcore-bridge shows one for each load and save, whatever the environment says."""
+    from functools import partial
+
+    from mcore_bridge.bridge import gpt_bridge
+    from tqdm import tqdm
+
+    gpt_bridge.tqdm = partial(tqdm, disable=True)
 
 
 def _mark_vocabulary_weights(module: torch.nn.Module) -> None:

@@ -41,9 +41,7 @@ def learning_rate(config: Any) -> float:
     return 1e-4 if config.tuner_type == "lora" else 1e-5
 
 
-def prepare_training(
-    model: Model, config: Any, optimizer_options: dict[str, Any], ddp_options: dict[str, Any]
-) -> Training:
+def prepare_training(model: Model, config: Any, optimizer_options: dict[str, Any], ddp_options: dict[str, Any]) -> Training:
     """Wrap the model's module and make its optimizer. The two option dicts are further fields of Megatron's configs."""
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,9 +25,17 @@ class ParallelSizes:
 
 
 def start_process_group(
-    platform: Platform, sizes: ParallelSizes, *, rank: int, world_size: int, master: str, seed: int, timeout: float
+    platform: Platform,
+    sizes: ParallelSizes,
+    *,
+    rank: int,
+    world_size: int,
+    master: str,
+    listener: socket.socket | None,
+    seed: int,
+    timeout: float,
 ) -> None:
-    """Meet the other ranks at `master` ("ip:port") and form Megatron's groups.
+    """Meet the other ranks at `master` ("ip:port"), which on rank 0 `listener` is bound to, and form Megatron's groups.
 
     Pipeline stages draw different random numbers; tensor ranks draw equal ones outside of their own tracked state.
     Raises ValueError when the ranks do not divide into models.
@@ -36,20 +45,17 @@ def start_process_group(
             f"{world_size} ranks do not divide into models of tensor_model_parallel_size {sizes.tensor} x "
             f"pipeline_model_parallel_size {sizes.pipeline}"
         )
-    host, port = master.rsplit(":", 1)
-    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"})  # mcore-bridge reads them
     import torch.distributed as dist
 
+    host, port = master.rsplit(":", 1)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group(
-        platform.backend, init_method=f"tcp://{master}", rank=rank, world_size=world_size, timeout=limit
-    )
+    listening = {} if listener is None else {"is_master": True, "master_listen_fd": listener.detach()}
+    store = dist.TCPStore(host, int(port), world_size, timeout=limit, **listening)
+    dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        sizes.tensor, sizes.pipeline, distributed_timeout_minutes=max(1, timeout // 60)
-    )
+    parallel_state.initialize_model_parallel(sizes.tensor, sizes.pipeline, distributed_timeout_minutes=max(1, timeout // 60))
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     _seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -26,9 +26,7 @@ def start_platform() -> Platform:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(0)  # Ray shows a rank its own GPU alone
-        return Platform(
-            device=torch.device("cuda", 0), backend="nccl", model_settings={"gradient_accumulation_fusion": False}
-        )
+        return Platform(device=torch.device("cuda", 0), backend="nccl", model_settings={"gradient_accumulation_fusion": False})
     cpu.install()
     kernels = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout")
     settings = {f"{kernel}_fusion": False for kernel in kernels}

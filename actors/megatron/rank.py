@@ -28,14 +28,15 @@ class MegatronRank:
 
     def __init__(self, config: Any, *, rank: int, world_size: int):
         self.config, self.rank, self.world_size = config, rank, world_size
+        self.listener: socket.socket | None = None  # of rank 0, until the process group has it
         self.progress = Progress()
 
     def node_address(self) -> str:
-        """This node's ip and a free port, for the other ranks to meet at."""
+        """This node's ip and a port for the other ranks to meet at, held from now on."""
         ip = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((ip, 0))
-            return f"{ip}:{probe.getsockname()[1]}"
+        self.listener = socket.socket()
+        self.listener.bind((ip, 0))
+        return f"{ip}:{self.listener.getsockname()[1]}"
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:
@@ -43,7 +44,7 @@ class MegatronRank:
         return self.progress.report()
 
     def logprobs(self, shard: Shard, reference: bool = False) -> dict[int, np.ndarray] | None:
-        """Per sequence key [L] float32: the logprob of each token given those before it, at the run's temperature; the first is 0.
+        """Per sequence key [L] float32: the logprob of each token given those before it, at the run's temperature; the first 0.
 
         None on ranks that do not return results. `reference` switches the adapter off.
         """
@@ -54,9 +55,7 @@ class MegatronRank:
 
         with self.progress.doing("logprobs"):
             assert not reference or self.model.has_adapter, "only a model with an adapter can be its own reference"
-            batches = pack_micro_batches(
-                shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple
-            )
+            batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
             with adapter_disabled(self.model) if reference else nullcontext():
                 packed = run_micro_batches(self.module, batches, self._score, backward=False)
             if not returns_results():
@@ -86,6 +85,7 @@ class MegatronRank:
             rank=self.rank,
             world_size=self.world_size,
             master=master,
+            listener=self.listener,
             seed=config.seed,
             timeout=config.call_timeout,
         )

@@ -14,6 +14,7 @@ class CheckpointTensors:
 
     required: dict[str, tuple[int, ...]]
     redundant: frozenset[str]  # may be pushed or not, never loaded: tied to another tensor, or computed
+    tied: bool  # the output layer is the embedding
 
 
 def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
@@ -31,7 +32,7 @@ def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
     if tied:
         redundant |= {"lm_head.weight"} | {name for name in shapes if name.endswith("lm_head.weight")}
     required = {name: shape for name, shape in shapes.items() if name not in redundant}
-    return CheckpointTensors(required=required, redundant=frozenset(redundant))
+    return CheckpointTensors(required=required, redundant=frozenset(redundant), tied=tied)
 
 
 def checkpoint_dtype(folder: str | Path) -> str:

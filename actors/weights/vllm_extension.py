@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.weights.checksum import checksum
@@ -23,7 +24,7 @@ class WeightReceiver:
     def begin_weights(self) -> None:
         """Open the model's layers for loading; an unfinished push before it is closed first."""
         if self._loading:
-            self.finish_weights()
+            self.finish_weights(tied=False)
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.model_runner.model)
         self._loading = True
@@ -42,11 +43,25 @@ class WeightReceiver:
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
             self.model_runner.model.load_weights(weights)
 
-    def finish_weights(self) -> None:
-        """Put the loaded layers in place."""
+    def finish_weights(self, tied: bool) -> None:
+        """Put the loaded layers in place; `tied`: the output layer is the embedding, and was not sent."""
+        model = self.model_runner.model
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
-            finalize_layerwise_reload(self.model_runner.model, self.model_config)
+            finalize_layerwise_reload(model, self.model_config)
+            if tied:
+                _tie_output(model)
         self._loading = False
+
+
+def _tie_output(model: torch.nn.Module) -> None:
+    """Layerwise reload leaves an output layer that was not loaded as it is: on CPU a repacked copy of the old embedding."""
+    layers = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    embedding = next(layer for layer in layers if not isinstance(layer, ParallelLMHead))
+    for output in layers:
+        if isinstance(output, ParallelLMHead):
+            if output.weight is not embedding.weight:  # vLLM unties a checkpoint that stores both
+                output.weight.copy_(embedding.weight)
+            output.quant_method.process_weights_after_loading(output)
 
 
 def _read(data: torch.Tensor, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
