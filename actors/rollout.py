@@ -9,14 +9,14 @@ end it refuses to generate.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 
 from actors.progress import Progress
 from actors.step_thread import StepThread
@@ -77,33 +77,36 @@ class RolloutEngine:
         """The version this engine answers for; None before and during a push, and after one that failed."""
         return self.acknowledged
 
-    @ray.method(num_returns=2)
     async def generate(
         self,
-        index: int,
-        prompt_ids: np.ndarray,
+        indices: Sequence[int],
+        prompts: Sequence[np.ndarray],
         n: int,
         version: int,
         sampling: Mapping[str, Any] | None = None,
         together: int = 1,
-    ) -> tuple[GroupTokens, GroupSummary]:
-        """Sample n responses to prompt_ids [P] with the weights of `version`.
+    ) -> tuple[list[GroupSummary], *tuple[GroupTokens, ...]]:
+        """Sample n responses to each prompt [P] with the weights of `version`; to be called with num_returns = prompts + 1.
 
-        `index` is the prompt's place in the run's order. `sampling` overrides the config's sampling options (see
-        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` such calls are
+        `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
+        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` prompts are
         here; they then start between the same two steps, in the order of their indices, whatever order they arrived in.
         PushError when the engine does not hold `version`.
         """
         self._require(version)
-        params = self._sampling_params(index, n, sampling or {})
-        add, done = self.thread.request(prompt_ids.tolist(), params)
-        self.held.append((index, add))
+        finished = []
+        for index, prompt in zip(indices, prompts):
+            params = self._sampling_params(index, n, sampling or {})
+            add, done = self.thread.request(prompt.tolist(), params)
+            self.held.append((index, add))
+            finished.append(done)
         if len(self.held) >= together:
             held, self.held = sorted(self.held, key=lambda item: item[0]), []
             self.thread.post(lambda: [add() for _, add in held])
-        output = await done
+        outputs = await asyncio.gather(*finished)
         self._require(version)
-        return self._group(prompt_ids, output)
+        groups = [self._group(prompt, output) for prompt, output in zip(prompts, outputs)]
+        return [summary for _, summary in groups], *(tokens for tokens, _ in groups)
 
     async def begin_push(self, version: int) -> None:
         """Stop answering, and get ready for the buckets of `version`. Unfinished requests fail."""

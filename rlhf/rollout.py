@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_DEATHS = 3  # of engines, without one completed group or push in between
 REPORT_TIMEOUT = 5.0  # seconds
+MAX_PROMPTS_PER_CALL = 4
+WATCH_SECONDS = 5.0  # between looks at the policy while engines generate
 PUSH_GRACE = 10.0  # seconds beyond push_timeout: the sender's own error, which says more, comes first
 
 
@@ -171,9 +173,13 @@ class RolloutEngines:
 class _Call(NamedTuple):
     index: int
     engine: Any
-    prompt: Prompt
-    tokens: ray.ObjectRef
+    prompts: list[Prompt]
+    tokens: list[ray.ObjectRef]
     deadline: float
+
+    def __str__(self) -> str:
+        places = [prompt.index for prompt in self.prompts]
+        return f"generate(prompts {min(places)} to {max(places)})"
 
 
 class _Generation:
@@ -182,12 +188,14 @@ class _Generation:
     def __init__(self, owner: RolloutEngines, prompts: Sequence[Prompt], n: int, sampling: Mapping[str, Any] | None):
         self.owner, self.n, self.sampling = owner, n, sampling
         self.timeout = owner.config.call_timeout
-        self.calls: dict[ray.ObjectRef, _Call] = {}  # by the reference of the group's summary
+        self.calls: dict[ray.ObjectRef, _Call] = {}  # by the reference of the groups' summaries
         self.prompts = list(prompts)
         self.done: set[int] = set()  # indices of prompts whose group came out
         self.waiting: deque[Prompt] = deque()
-        # Enough to keep an engine's batch full while the controller looks elsewhere.
-        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + 1
+        # A call costs about a millisecond, as much as ten short responses; but one that waits for many gives out nothing.
+        self.per_call = max(1, min(MAX_PROMPTS_PER_CALL, len(self.prompts) // (4 * len(owner.engines))))
+        # Prompts that keep an engine's batch full while the controller looks elsewhere.
+        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + self.per_call
 
     def groups(self) -> Iterator[Group]:
         """Every prompt's group, in the order of completion."""
@@ -199,44 +207,47 @@ class _Generation:
             self._fill()
         while self.calls:
             for ref in self._ready():
-                if ref in self.calls and (group := self._take(ref)) is not None:
-                    yield group
+                if ref in self.calls:
+                    yield from self._take(ref)
             self._fill()
 
     def _ready(self) -> list[ray.ObjectRef]:
         refs = list(self.calls)
         late = min(self.calls.values(), key=lambda call: call.deadline)
-        done, _ = ray.wait(refs, num_returns=1, timeout=max(late.deadline - time.monotonic(), 0), fetch_local=False)
-        if not done:
-            raise self.owner.late(late.index, f"generate(prompt {late.prompt.index})", self.timeout)
+        while not ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)[0]:
+            if time.monotonic() > late.deadline:
+                raise self.owner.late(late.index, str(late), self.timeout)
+            if self.owner.policy is not None:
+                self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
         return ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
 
-    def _take(self, ref: ray.ObjectRef) -> Group | None:
-        """The finished group, or None when its engine died (its prompts have been given out again)."""
+    def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:
+        """The groups of a finished call; none when its engine died (its prompts have been given out again)."""
         call = self.calls[ref]
         try:
-            summary = ray.get(ref)
+            summaries = ray.get(ref)
         except RayActorError as error:
             self._recover(call, error)
-            return None
+            return
         del self.calls[ref]
         self.owner.deaths = 0
-        if call.prompt.index in self.done:
-            return None
-        self.done.add(call.prompt.index)
-        return Group(
-            prompt=call.prompt,
-            tokens=call.tokens,
-            texts=summary.texts,
-            finish_reasons=summary.finish_reasons,
-            response_lengths=summary.response_lengths,
-            weight_version=self.owner.version,
-        )
+        for prompt, tokens, summary in zip(call.prompts, call.tokens, summaries, strict=True):
+            if prompt.index in self.done:
+                continue
+            self.done.add(prompt.index)
+            yield Group(
+                prompt=prompt,
+                tokens=tokens,
+                texts=summary.texts,
+                finish_reasons=summary.finish_reasons,
+                response_lengths=summary.response_lengths,
+                weight_version=self.owner.version,
+            )
 
     def _recover(self, lost: _Call, error: RayActorError) -> None:
-        prompts = [call.prompt for call in self.calls.values() if call.engine is lost.engine]
+        prompts = [prompt for call in self.calls.values() if call.engine is lost.engine for prompt in call.prompts]
         self.calls = {ref: call for ref, call in self.calls.items() if call.engine is not lost.engine}
-        self.owner.replace(lost.index, f"generate(prompt {lost.prompt.index})", error)
+        self.owner.replace(lost.index, str(lost), error)
         if self.owner.config.deterministic:
             self._submit_share(lost.index)
         else:
@@ -246,21 +257,27 @@ class _Generation:
         """Give waiting prompts to the engines with the fewest, as long as there is room."""
         load = [0] * len(self.owner.engines)
         for call in self.calls.values():
-            load[call.index] += 1
+            load[call.index] += len(call.prompts)
         while self.waiting and min(load) < self.room:
             index = load.index(min(load))
-            self._submit(index, self.waiting.popleft(), together=1)
-            load[index] += 1
+            prompts = [self.waiting.popleft() for _ in range(min(self.per_call, len(self.waiting)))]
+            self._submit(index, prompts, together=1)
+            load[index] += len(prompts)
 
     def _submit_share(self, index: int) -> None:
         """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
         share = self.prompts[index :: len(self.owner.engines)]
-        for prompt in share:
-            self._submit(index, prompt, together=len(share))
+        for first in range(0, len(share), self.per_call):
+            self._submit(index, share[first : first + self.per_call], together=len(share))
 
-    def _submit(self, index: int, prompt: Prompt, *, together: int) -> None:
+    def _submit(self, index: int, prompts: list[Prompt], *, together: int) -> None:
         engine = self.owner.engines[index]
-        tokens, summary = engine.generate.remote(
-            prompt.index, prompt.token_ids, self.n, self.owner.version, self.sampling, together
+        summaries, *tokens = engine.generate.options(num_returns=len(prompts) + 1).remote(
+            [prompt.index for prompt in prompts],
+            [prompt.token_ids for prompt in prompts],
+            self.n,
+            self.owner.version,
+            self.sampling,
+            together,
         )
-        self.calls[summary] = _Call(index, engine, prompt, tokens, time.monotonic() + self.timeout)
+        self.calls[summaries] = _Call(index, engine, prompts, tokens, time.monotonic() + self.timeout)

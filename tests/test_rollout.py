@@ -226,15 +226,19 @@ def test_a_stop_word_ends_a_response_with_the_token_that_completes_it(engines, m
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models["b"])
-    completing = [word in tokenizer.decode([token]) for token in range(512)]
+    texts = [tokenizer.decode([token], skip_special_tokens=word == "s") for token in range(512)]
+    completing = [word in text for text in texts]
+    broken = [word == "s" and "\ufffd" in text for text in texts]  # part of a character: shows when the next one comes
     prompts = some_prompts(16)
-    for prompt in prompts:  # random bytes may be half a character, which would be completed in the response's text
+    for prompt in prompts:  # so must the prompt not end in a part of one
         prompt.token_ids[-1] = tokenizer.convert_tokens_to_ids("x")
     sampling = {"stop_words": [word], "max_completion_length": 32, "temperature": 2.0}
     groups = list(engines.generate(prompts, n=8, sampling=sampling))
     stopped = 0
     for group in groups:
         for response, reason in zip(ray.get(group.tokens).response_ids, group.finish_reasons):
+            if any(broken[token] for token in response):
+                continue
             assert not any(completing[token] or token == EOS for token in response[:-1])
             stopped += completing[response[-1]]
             assert reason == "stop" if completing[response[-1]] or response[-1] == EOS else len(response) == 32
@@ -287,7 +291,7 @@ def test_the_same_requests_give_the_same_bits_whatever_the_engine_did_before(eng
 
 def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) -> None:
     monkeypatch.setattr(engines, "config", replace(engines.config, deterministic=False, vllm_max_num_seqs=4))
-    groups = list(engines.generate(some_prompts(40), n=4))  # room for 3 prompts an engine
+    groups = list(engines.generate(some_prompts(40), n=4))  # room for 6 prompts an engine
     assert sorted(group.prompt.index for group in groups) == list(range(40))
     assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
 
@@ -295,7 +299,7 @@ def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) ->
 def test_a_late_call_is_an_error_with_engine_call_and_last_report(engines, policy, models, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(engines, "config", replace(engines.config, call_timeout=2))
-        late = r"rollout engine [01] did not finish `generate\(prompt \d+\)` within 2 s .*Last report: generating"
+        late = r"rollout engine [01] did not finish `generate\(prompts \d+ to \d+\)` within 2 s .*Last report: generating"
         with pytest.raises(RankFailure, match=late):
             list(engines.generate(some_prompts(200), n=8, sampling={"max_completion_length": 200}))
     push(engines, policy, models["b"])  # ends what is left of those requests
