@@ -6,7 +6,6 @@ bundles. In server mode each engine has bundles of its own. The data and reward 
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from actors.rollout import RolloutEngine
 from rlhf.config import Config
 from rlhf.counts import needs_reference
 from rlhf.data import PromptStream, RowStream
+from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
 
@@ -110,12 +110,10 @@ class Cluster:
             under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a token is in use
-            ray.init(
+            start_ray(
                 runtime_env={"env_vars": environment | QUIET},
                 include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
                 log_to_driver=True,
-                logging_level="WARNING",
             )
             self.started_ray = True
 
@@ -168,7 +166,8 @@ class Cluster:
     def _data_worker(self) -> Any:
         """On the driver's node, where the dataset files are."""
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return self._create(ray.remote(concurrency_groups={"report": 1})(DataWorker), {"num_cpus": 0, "scheduling_strategy": node})
+        kind = ray.remote(concurrency_groups={"report": 1})(DataWorker)
+        return self._create(kind, {"num_cpus": 0, "scheduling_strategy": node})
 
     def _on_bundle(self, index: int, share: float = 1 / SHARES) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)

@@ -38,7 +38,7 @@ class GroupTokens:
     rollout_logprobs: tuple[np.ndarray, ...]  # n x [R] float32, after temperature, top-p and top-k
 
     def sequence(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Response `item` with its prompt, each [L]: token ids int32, loss mask float32, rollout logprobs float32 (0 on the prompt)."""
+        """Response `item` with its prompt, each [L]: ids int32, loss mask float32, rollout logprobs float32 (0 on the prompt)."""
         prompt, response = self.prompt_ids, self.response_ids[item]
         ids = np.concatenate([prompt, response])
         mask = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(response), np.float32)])

@@ -213,13 +213,17 @@ class _Generation:
 
     def _ready(self) -> list[ray.ObjectRef]:
         refs = list(self.calls)
-        late = min(self.calls.values(), key=lambda call: call.deadline)
-        while not ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)[0]:
-            if time.monotonic() > late.deadline:
-                raise self.owner.late(late.index, str(late), self.timeout)
+        while True:
+            ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)
+            now = time.monotonic()
+            done, working = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+            for call in (self.calls[ref] for ref in working):
+                if call.deadline <= now:  # also while others come out
+                    raise self.owner.late(call.index, str(call), self.timeout)
+            if done:
+                return done
             if self.owner.policy is not None:
                 self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
-        return ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
 
     def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:
         """The groups of a finished call; none when its engine died (its prompts have been given out again)."""

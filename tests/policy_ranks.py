@@ -154,19 +154,10 @@ class Group:
 
 
 def start_hosts(count: int) -> Hosts:
-    """Start a Ray of our own, and `count` processes in it."""
+    """`count` processes in the Ray that runs."""
     import ray
 
-    for attempt in range(3):  # Ray gives its own start 30 s, which a busy machine can pass
-        try:
-            ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False)
-            break
-        except Exception as error:
-            if attempt == 2 or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    kind = ray.remote(PolicyHost).options(num_cpus=1, runtime_env={"env_vars": environment})
+    kind = ray.remote(PolicyHost).options(num_cpus=1)
     return Hosts(actors=[kind.remote() for _ in range(count)])
 
 

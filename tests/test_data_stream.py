@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 import ray
@@ -14,19 +13,7 @@ from rlhf.config import Config
 from rlhf.data import DataFailure, PromptStream, RowStream
 from tests.tiny import make_tokenizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    root = str(Path(__file__).resolve().parents[1])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
-    )
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @ray.remote(concurrency_groups={"report": 1})

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.policy_ranks import (
-    Hosts,
     as_group,
     hugging_face,
     largest_difference,
@@ -23,7 +22,6 @@ from tests.policy_ranks import (
     random_rows,
     sequence_logprobs,
     shards_of,
-    start_hosts,
 )
 from tests.tiny import make_tiny_model
 
@@ -41,12 +39,6 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rows():
     return random_rows(ROWS)
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Hosts:
-    yield start_hosts(2)
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

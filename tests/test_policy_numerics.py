@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.policy_ranks import (
-    Hosts,
     hugging_face,
     largest_difference,
     policy_config,
@@ -25,7 +24,6 @@ from tests.policy_ranks import (
     ratio_loss,
     sequence_logprobs,
     shards_of,
-    start_hosts,
 )
 from tests.tiny import make_tiny_model
 
@@ -86,12 +84,6 @@ class Measured:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Hosts:
-    yield start_hosts(2)
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -77,15 +77,6 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {name: make_tiny_model(folder / name, seed=seed, head_dim=32) for seed, name in enumerate("ab")}
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
-    runtime_env = {"env_vars": environment}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env=runtime_env)
-    yield
-    ray.shutdown()
-
-
 def settings(model: Path, **options) -> Config:
     defaults = dict(
         torch_dtype="float32",
@@ -109,13 +100,13 @@ def start_engines(config: Config, count: int) -> RolloutEngines:
 
 
 @pytest.fixture(scope="module")
-def started(cluster, models) -> RolloutEngines:
+def started(local_ray, models) -> RolloutEngines:
     """Two engines with their own random weights, never those of a or b until they are pushed."""
     return start_engines(settings(models["a"]), 2)
 
 
 @pytest.fixture(scope="module")
-def policy(cluster, models) -> ActorGroup:
+def policy(local_ray, models) -> ActorGroup:
     sender = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0).remote(models["b"])
     return ActorGroup("policy", [sender], timeout=60)
 
@@ -352,7 +343,7 @@ def test_engines_killed_while_pulling_and_before_a_push_are_replaced(engines, po
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_tied_output_layer_follows_the_embedding(cluster, policy, tmp_path, stored) -> None:
+def test_a_tied_output_layer_follows_the_embedding(local_ray, policy, tmp_path, stored) -> None:
     folders = [
         make_tiny_model(tmp_path / str(seed), seed=seed, head_dim=32, tie_word_embeddings=True) for seed in (0, 1)
     ]
@@ -368,6 +359,6 @@ def test_a_tied_output_layer_follows_the_embedding(cluster, policy, tmp_path, st
 
 
 @pytest.mark.slow
-def test_a_misspelt_vllm_option_is_refused_by_name(cluster, models) -> None:
+def test_a_misspelt_vllm_option_is_refused_by_name(local_ray, models) -> None:
     with pytest.raises(ValueError, match="unknown option 'max_num_seq': did you mean 'max_num_seqs'"):
         start_engines(settings(models["a"], vllm={"max_num_seq": 8}), 1).setup()

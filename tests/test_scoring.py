@@ -45,14 +45,6 @@ PLUGIN = """
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    os.environ["RAY_ADDRESS"] = "local"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     path = tmp_path_factory.mktemp("plugin") / "my_rewards.py"
     path.write_text(textwrap.dedent(PLUGIN))
@@ -75,7 +67,7 @@ def make_scorer(plugin, *reward_funcs, worker=RewardWorker, **changed):
 
 
 @pytest.fixture(scope="module")
-def scorer(cluster, plugin):
+def scorer(local_ray, plugin):
     scorer = make_scorer(plugin, "length", "fragile", reward_weights=[0.5, 1.0])
     scorer.wait_until_ready()
     yield scorer
@@ -166,7 +158,7 @@ def test_a_broken_stream_leaves_the_scorer_usable(scorer):
     assert scorer.score(iter([group(0, "ab")]), step=7)[0][1].rewards == (11.0,)
 
 
-def test_scoring_overlaps_generation_and_a_slow_function_is_called_singly(cluster, plugin):
+def test_scoring_overlaps_generation_and_a_slow_function_is_called_singly(local_ray, plugin):
     scorer = make_scorer(plugin, "slow", reward_workers=1)
     texts = ("a", "b", "c", "d", "e", "f")  # 2.7 s together: too long; one at a time they pass
 
@@ -188,7 +180,7 @@ def test_scoring_overlaps_generation_and_a_slow_function_is_called_singly(cluste
         scorer.close()
 
 
-def test_functions_see_token_ids_and_the_step_and_may_apply_to_nothing(cluster, plugin):
+def test_functions_see_token_ids_and_the_step_and_may_apply_to_nothing(local_ray, plugin):
     scorer = make_scorer(plugin, "tokens", "never")
     try:
         score = scorer.score(iter([group(0, "a", "b")]), step=2)[0][1]
@@ -202,7 +194,7 @@ def test_functions_see_token_ids_and_the_step_and_may_apply_to_nothing(cluster, 
         scorer.close()
 
 
-def test_a_function_that_only_dies_ends_the_run_early(cluster, plugin, monkeypatch):
+def test_a_function_that_only_dies_ends_the_run_early(local_ray, plugin, monkeypatch):
     monkeypatch.setattr(rlhf.scoring, "LOST_IN_A_ROW", 3)
     scorer = make_scorer(plugin, "fragile", reward_workers=1)
     try:
@@ -232,7 +224,7 @@ def worker_with_setup(action):
         (lambda: time.sleep(600), 4, "1 of 3 attempts.: timeout: no answer within 4 s"),
     ],
 )
-def test_workers_that_cannot_start_end_the_run(cluster, plugin, action, timeout, message):
+def test_workers_that_cannot_start_end_the_run(local_ray, plugin, action, timeout, message):
     scorer = make_scorer(plugin, "length", worker=worker_with_setup(action), reward_workers=1, call_timeout=timeout)
     try:
         with pytest.raises(ScoringError, match=message):

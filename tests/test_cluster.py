@@ -1,0 +1,80 @@
+"""A Ray cluster of two nodes on this machine, a job submitted to it: policy and rollout engine on different nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import ROOT, metrics
+from tiny import make_tiny_model
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """(environment to reach it, dashboard address) of a head and a worker node with one CPU each."""
+    port, dashboard = free_port(), free_port()
+    environment = os.environ | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment.pop("RAY_ADDRESS", None)
+    common = ["--num-cpus=1", "--block", "--disable-usage-stats"]
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true", *common]
+    nodes = []
+    try:
+        for name, arguments in (("head", head), ("worker", [f"--address=127.0.0.1:{port}", *common])):
+            log = open(tmp_path / f"{name}.log", "w")
+            nodes.append(subprocess.Popen([BIN / "ray", "start", *arguments], env=environment, stdout=log, stderr=log))
+            time.sleep(15)
+        yield environment, f"http://127.0.0.1:{dashboard}"
+    finally:
+        for node in reversed(nodes):  # `ray start --block` takes its node's processes with it
+            node.terminate()
+            node.wait(60)
+
+
+def actors(environment: dict[str, str], dashboard: str) -> dict[str, str]:
+    """Node id of each living actor class."""
+    command = [BIN / "ray", "list", "actors", "--address", dashboard, "--filter", "state=ALIVE", "--format", "json"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return {actor["class_name"]: actor["node_id"] for actor in json.loads(listed.stdout or "[]")}
+
+
+@pytest.mark.slow
+def test_a_submitted_job_puts_policy_and_rollout_on_different_nodes(cluster, tmp_path):
+    environment, dashboard = cluster
+    model = make_tiny_model(tmp_path / "model", head_dim=32)
+    rows = [{"messages": [{"role": "user", "content": f"{a}+{a}="}], "solution": str(2 * a)} for a in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = "def variety(completions, **columns):\n    return [len(set(text)) / 9 for text in completions]\n"
+    (tmp_path / "variety.py").write_text(reward)
+    options = (
+        f"rlhf --rlhf_type grpo --model {model} --dataset {tmp_path}/data.jsonl --external_plugins {tmp_path}/variety.py "
+        f"--reward_funcs variety --template_backend jinja --output_dir {tmp_path}/runs --run_name job --vllm_mode server "
+        "--num_generations 4 --global_batch_size 16 --micro_batch_size 4 --max_completion_length 12 --max_length 64 "
+        "--vllm_max_model_len 128 --vllm_enforce_eager true --beta 0 --lr 1e-3 --train_iters 30 --report_to none"
+    )
+    submit = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "rlhf/main.py"]
+    with open(tmp_path / "submit.log", "w") as log:
+        job = subprocess.Popen([*submit, *shlex.split(options)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    places: dict[str, str] = {}
+    while job.poll() is None:
+        places |= actors(environment, dashboard) if metrics(tmp_path / "runs" / "job") else {}
+        time.sleep(1)
+    assert job.returncode == 0, (tmp_path / "submit.log").read_text()[-4000:]
+    assert len(metrics(tmp_path / "runs" / "job")) == 30
+    assert places["Policy"] != places["RolloutEngine"], places
+    assert (tmp_path / "runs" / "job" / "checkpoint-30" / "model.safetensors").exists()
