@@ -8,7 +8,7 @@ demo: setup
 	$(BIN)/python configs/demo/run.py
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-all: setup lint
 	$(BIN)/python -m pytest
@@ -28,6 +28,6 @@ $(STAMP): requirements-cpu.lock pyproject.toml
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/python -m pip install -q --no-deps "torch==2.13.0+cpu" || \
 		$(BIN)/python -m pip install -q --no-deps "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements-cpu.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode -r requirements-cpu.lock
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	touch $@

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+LITTLE = 0.45  # sft loss at which about four in ten sampled answers are right
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -31,15 +32,10 @@ def main() -> None:
     make_data(work, arguments.seed)
     common = ["--output_dir", str(work), "--seed", str(arguments.seed), "--data_seed", str(arguments.seed)]
     megaray("sft", "--run_name", "sft", "--model", str(work / "model"), "--dataset", str(work / "sft.jsonl"), *common)
-    before = last_checkpoint(work / "sft")
+    before = taught_a_little(work / "sft")
     megaray("rlhf", "--run_name", "grpo", "--model", str(before), "--dataset", str(work / "grpo.jsonl"), *common)
-    after = last_checkpoint(work / "grpo")
-    questions = work / "held_out.jsonl"
-    result = subprocess.run(
-        [sys.executable, str(HERE / "answer.py"), str(questions), str(before), str(after)],
-        check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    accuracy_before, accuracy_after = json.loads(result.stdout.strip().splitlines()[-1])
+    after = checkpoints(work / "grpo")[-1]
+    accuracy_before, accuracy_after = answers(work / "held_out.jsonl", [before, after])
     rewards = [json.loads(line)["reward"] for line in open(work / "grpo" / "metrics.jsonl")]
     print(
         f"demo: reward {rewards[0]:.2f} -> {fmean(rewards[-10:]):.2f}, held-out {accuracy_before:.2f} -> {accuracy_after:.2f}, "
@@ -55,9 +51,29 @@ def megaray(task: str, *options: str) -> None:
     subprocess.run(command, check=True)
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint folder of a run."""
-    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def answers(questions: Path, folders: list[Path]) -> list[float]:
+    """The share of the questions that each saved model answers rightly, all models at a time."""
+    script = [sys.executable, str(HERE / "answer.py"), str(questions)]
+    asked = [subprocess.Popen([*script, str(folder)], stdout=subprocess.PIPE, text=True) for folder in folders]
+    outputs = [process.communicate()[0] for process in asked]
+    assert not any(process.returncode for process in asked), "vLLM could not load a saved model: see above"
+    return [float(output.strip().splitlines()[-1]) for output in outputs]
+
+
+def taught_a_little(run: Path) -> Path:
+    """The first checkpoint with a loss under `LITTLE` over its last steps: how soon depends on the seed."""
+    losses = [row["loss"] for row in map(json.loads, open(run / "metrics.jsonl"))]
+    taught = [path for path in checkpoints(run) if fmean(losses[step_of(path) - 20 : step_of(path)]) < LITTLE]
+    return (taught or checkpoints(run)[-1:])[0]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(run.glob("checkpoint-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 if __name__ == "__main__":

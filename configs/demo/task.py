@@ -9,7 +9,7 @@ import json
 import random
 from pathlib import Path
 
-HELD_OUT_NUMBERS = 20
+HELD_OUT_NUMBERS = 15
 HELD_OUT_SUMS = 200
 CHARACTERS = "0123456789+="
 SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
