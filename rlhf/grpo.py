@@ -34,8 +34,9 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
         scored = sample(config, roles, step)
         groups = [group for group, _ in scored]
         reference = reference_logprobs(config, roles, groups)
-        old = response_logprobs(policy, groups, config) if updates > 1 or config.kl_in_reward else None
-        kl = response_kl(groups, old, reference) if config.kl_in_reward else None
+        kl_in_reward = config.kl_in_reward and reference is not None
+        old = response_logprobs(policy, groups, config) if updates > 1 or kl_in_reward else None
+        kl = response_kl(groups, old, reference) if kl_in_reward else None
         advantages = group_advantages(
             [score.rewards for _, score in scored],
             estimator=config.advantage_estimator,
