@@ -68,13 +68,37 @@ class ActorGroup:
             for ref in done:
                 try:
                     ray.get(ref)
-                except ray.exceptions.RayActorError as error:
-                    raise RankFailure(
-                        f"{self.role} rank {refs.index(ref)} died during `{method}`: {_first_line(error)}\n"
-                        f"Last reports:\n{self.reports()}"
-                    ) from error
+                except ray.exceptions.RayError as error:
+                    self._raise_for(method, error)
         self.seconds[method] += time.monotonic() - start
         return refs
+
+    def _raise_for(self, method: str, error: ray.exceptions.RayError) -> None:
+        """Raise RankFailure when a rank has died, otherwise the error of the call that failed.
+
+        When a rank dies, the collectives of the others fail, often before Ray has noticed the death.
+        """
+        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, ValueError):
+            raise error
+        dead = self._dead_rank()
+        if dead is None:
+            raise error
+        reports = f"Last reports:\n{self.reports()}"
+        raise RankFailure(f"{self.role} rank {dead} died during `{method}`. {reports}") from error
+
+    def _dead_rank(self, seconds: float = 2.0) -> int | None:
+        """The first rank that is found dead within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for rank, actor in enumerate(self.actors):
+                try:
+                    ray.get(actor.report.remote(), timeout=1)
+                except ray.exceptions.RayActorError:
+                    return rank
+                except ray.exceptions.RayError:
+                    continue
+            time.sleep(0.2)
+        return None
 
     def raise_if_dead(self) -> None:
         """Raise RankFailure when a rank has died. It does not wait: a call looks at the answers to an earlier one's questions."""

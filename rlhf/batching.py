@@ -1,8 +1,8 @@
 """From sequences to the micro batches of every data-parallel rank.
 
 Invariants: each sequence stands in exactly one micro batch; every rank gets the same number of micro batches, none of them
-empty; no micro batch exceeds its limit (sequences, or tokens); the plan is a pure function of the lengths. Where there are
-fewer sequences than places, a sequence is repeated with weight 0: it costs time and changes nothing.
+empty; no micro batch of several sequences exceeds its limit (sequences, or tokens); the plan is a pure function of the
+lengths. Where there are fewer sequences than places, a sequence is repeated with weight 0: it costs time and changes nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +26,10 @@ def pack(
 ) -> list[list[Bin]]:
     """Positions of `lengths` (tokens each) as [data rank][micro batch][sequence].
 
-    Exactly one limit is given. Ranks get nearly equal token counts, by longest-first assignment.
-    Raises ValueError when one sequence is longer than `max_tokens`.
+    Exactly one limit is given. Ranks get nearly equal token counts, by longest-first assignment. A sequence longer than
+    `max_tokens` makes a micro batch alone.
     """
     assert (max_sequences is None) != (max_tokens is None) and lengths
-    if max_tokens is not None and max(lengths) > max_tokens:
-        raise ValueError(
-            f"a sequence of {max(lengths)} tokens does not fit micro_batch_tokens {max_tokens}: raise it, or lower max_length "
-            "or max_completion_length"
-        )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     most = ceil(len(lengths) / data_size) if max_sequences is not None else len(lengths)
     ranks = _spread(order, lengths, data_size, most)
@@ -203,7 +198,7 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], max_tokens: int) ->
         best = next((b for b, left in enumerate(room) if left >= lengths[i]), None)
         if best is None:
             bins.append([])
-            room.append(max_tokens)
+            room.append(max(max_tokens, lengths[i]))
             best = len(bins) - 1
         bins[best].append(i)
         room[best] -= lengths[i]

@@ -202,7 +202,7 @@ def _default_name(config: Config) -> str:
 
 
 def _newest_run(config: Config) -> Path | None:
-    """The newest run folder in output_dir of the same task and model."""
+    """The newest run folder in output_dir of the same task and model, one with a checkpoint if there is any."""
     runs = []
     for args in Path(config.output_dir).absolute().glob(f"*/{ARGS}"):
         try:
@@ -212,7 +212,8 @@ def _newest_run(config: Config) -> Path | None:
             continue
         if all(saved.get(name) == getattr(config, name) for name in ("task", "rlhf_type", "model")):
             runs.append(args)
-    return max(runs, key=lambda args: args.stat().st_mtime).parent if runs else None
+    newest = max(runs, key=lambda args: (bool(_complete(args.parent)), args.stat().st_mtime), default=None)
+    return newest.parent if newest else None
 
 
 def _run_of(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
 from rlhf.config import Config
 from rlhf.counts import needs_reference
-from rlhf.data import PromptStream, RowStream
+from rlhf.data import DataFailure, PromptStream, RowStream
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
@@ -64,6 +64,7 @@ class Cluster:
         self.started_ray = False
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
+        self.scorer: Scorer | None = None
 
     def __enter__(self) -> Cluster:
         self._connect()
@@ -71,6 +72,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.scorer is not None:
+            self.scorer.close()
         for actor in self.actors:
             ray.kill(actor)
         if self.placement is not None:
@@ -87,7 +90,7 @@ class Cluster:
         reference = rollout = scorer = None
         if config.task == "rlhf":
             rollout = RolloutEngines(self._engine, num_engines=self.num_engines, config=config)
-            scorer = Scorer(self._reward_worker, config, max_steps=config.train_iters)
+            scorer = self.scorer = Scorer(self._reward_worker, config)
             if needs_reference(config):
                 ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
                 reference = RankGroup("reference", ranks, timeout=config.call_timeout)
@@ -98,11 +101,19 @@ class Cluster:
             rollout.setup()
             scorer.wait_until_ready()
         stream = RowStream if config.task == "sft" else PromptStream
-        info = ray.get(dataset, timeout=config.call_timeout)
+        info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
         ahead = config.dataloader_num_workers > 0
         data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout, ahead=ahead)
         return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
+
+    def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
+        try:
+            return ray.get(ref, timeout=self.config.call_timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise DataFailure(f"{what} did not finish within call_timeout, {self.config.call_timeout:.0f} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise DataFailure(f"{what} failed: {error}") from error
 
     def _connect(self) -> None:
         """Join the cluster that RAY_ADDRESS, a submitted job or a `ray start` on this machine names; else start one here."""

@@ -94,7 +94,7 @@ class DataOptions:
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
     data_seed: int = option(42, "seed of the order of the rows")
     dataset_num_proc: int = option(1, "processes that read and map the dataset at the start", least=1)
-    dataloader_num_workers: int = option(4, "batches prepared ahead of their use (0: on demand)", least=0)
+    dataloader_num_workers: int = option(4, "above 0: the next batch is prepared while this one is used", least=0)
     load_from_cache_file: bool = option(False, "reuse the dataset cache of an earlier run")
 
 
@@ -138,7 +138,7 @@ class MemoryOptions:
     recompute_method: Literal["uniform", "block"] | None = option(None, "which layers, for recompute_granularity full")
     recompute_num_layers: int | None = option(None, "layers of a unit, for recompute_granularity full", least=1)
     recompute_modules: list[str] = option(["core_attn"], "modules, for recompute_granularity selective")
-    attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = option(
+    attention_backend: Literal["flash", "fused", "unfused", "auto"] = option(
         "flash", "attention kernel of Transformer Engine"
     )
     cross_entropy_loss_fusion: bool = option(True, "Megatron's fused vocab-parallel cross entropy")

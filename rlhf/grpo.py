@@ -52,8 +52,8 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
         ]
         rollout.push(policy)
         step += updates
-        metrics = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts}
-        log.step(step, group_metrics(scored) | over_updates(results) | metrics, scored)
+        state = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts}
+        log.step(step, group_metrics(scored) | {"kl": None} | over_updates(results) | state, scored)
         checkpoints.save_if_due(step, policy, roles.data.state() | {"weight_version": rollout.version})
 
 

@@ -40,6 +40,9 @@ def run(config: Config) -> int:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error
+        if isinstance(error.cause, FloatingPointError):
+            print(f"error: not finite: {error.cause}; lower lr, or look at the last lines of metrics.jsonl", file=sys.stderr)
+            return 1
         raise
     except (RankFailure, DataFailure, ScoringError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +59,8 @@ def train(config: Config, cluster: Cluster, folder: Path, checkpoints: Checkpoin
     roles = cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
+    if roles.scorer is not None:
+        roles.scorer.max_steps = total
     start = 0
     if resumed is not None:
         start = resumed.step

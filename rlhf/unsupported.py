@@ -72,7 +72,7 @@ _REASONS: dict[str, str] = {
         decision_shuffle_fields=false""",
     "all columns are kept, for the reward functions": "remove_unused_columns=false",
     "use --dataset_shuffle": "train_dataloader_shuffle",
-    "a data process encodes rows ahead; --dataloader_num_workers sets its threads": """
+    "a data process encodes all rows at the start; --dataset_num_proc sets its processes": """
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context data_sharding=false""",
     "this template setting is not supported yet": """

@@ -106,6 +106,12 @@ def _check_batches(config: Config) -> None:
             f"{config.generation_batch_size} responses is no multiple of num_generations {config.num_generations}: "
             "prompts a generation must be a whole number"
         )
+    updates = config.steps_per_generation * config.num_iterations if config.task == "rlhf" else 1
+    if config.num_train_epochs is None and config.train_iters and config.train_iters % updates:
+        raise ValueError(
+            f"train_iters {config.train_iters} is no multiple of steps_per_generation {config.steps_per_generation} x "
+            f"num_iterations {config.num_iterations} = {updates} optimizer steps a generation"
+        )
     if config.max_length and config.packing_length and config.packing_length < config.max_length:
         raise ValueError(
             f"packing_length {config.packing_length} is less than max_length {config.max_length}: a row must fit"
@@ -180,12 +186,14 @@ def _check_grpo(config: Config) -> None:
 
 
 def _check_rollout(config: Config, shape: ModelShape) -> None:
-    if shape.num_heads % config.vllm_tensor_parallel_size:
-        size = config.vllm_tensor_parallel_size
-        raise ValueError(
-            f"vllm_tensor_parallel_size {size} does not divide the model's {shape.num_heads} attention heads"
-        )
+    if config.vllm_tensor_parallel_size > 1:
+        raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
     limit = config.vllm_max_model_len or shape.max_length
+    if limit and config.max_length and config.max_length >= limit:
+        raise ValueError(
+            f"a prompt of max_length {config.max_length} leaves an engine no room to answer: it holds {limit} tokens; lower "
+            "max_length or raise vllm_max_model_len"
+        )
     if limit and config.max_completion_length >= limit:
         name = "the model's limit" if limit == shape.max_length else "vllm_max_model_len"
         given = f"max_completion_length {config.max_completion_length}"
@@ -213,6 +221,8 @@ def _check_reference(config: Config) -> None:
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     check_layout(read_shape(folder), tensor, pipeline, "reference.")
     ranks = role.nproc or policy_ranks(config)
+    if ranks > policy_ranks(config):
+        raise ValueError(f"reference.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
     if ranks % (tensor * pipeline):
         raise ValueError(
             f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"

@@ -102,7 +102,6 @@ def test_built_ins_agree_with_ms_swift():
         "$0.5$",
         "the answer is 0.5",
         "The final answer is $0.5$. I hope it is correct.",
-        "12",
         r"\boxed{12}",
         r"$x = 12$",
         r"\boxed{12.0}",

@@ -17,6 +17,7 @@ from actors.megatron.optimizer import Training
 
 DISTRIBUTED = "mcore"
 MERGED = "merged"
+OF_A_RUN = ("manifest.json", "controller.json")  # when the model's folder is itself a checkpoint
 # Optimizer state in the shapes of the parameters, which every layout can cut for itself.
 OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -189,7 +190,7 @@ def _save_weights(model: Model, folder: Path, rank: int) -> None:
 def _copy_companions(model: Model, folder: Path, *, config: bool) -> None:
     """What stands beside the weights: tokenizer, generation config, and the model's config with the dtype that was written."""
     for file in sorted(model.folder.iterdir()):
-        companion = file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+        companion = file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py") and file.name not in OF_A_RUN
         if file.is_file() and companion and file.name != "config.json" and not file.name.endswith(".safetensors.index.json"):
             shutil.copyfile(file, folder / file.name)
     if not config:

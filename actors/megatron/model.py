@@ -198,12 +198,10 @@ def _check_divides(settings: dict[str, Any], sizes: ParallelSizes) -> None:
 
 def _silence_progress_bars() -> None:
     """mcore-bridge shows one for each load and save, whatever the environment says."""
-    from functools import partial
-
     from mcore_bridge.bridge import gpt_bridge
     from tqdm import tqdm
 
-    gpt_bridge.tqdm = partial(tqdm, disable=True)
+    gpt_bridge.tqdm = lambda *arguments, **options: tqdm(*arguments, **(options | {"disable": True}))
 
 
 def _mark_vocabulary_weights(module: torch.nn.Module) -> None:
