@@ -42,6 +42,7 @@ class DatasetInfo:
     untrained: int  # dropped: no token would be trained
     longest: int  # tokens of the longest row (rlhf: prompt) that is left
     num_tokens: int  # of one epoch
+    end_tokens: tuple[str, ...] = ()  # special tokens by which the template ends an answer
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -182,6 +183,7 @@ class DataWorker:
             untrained=encoded.untrained,
             longest=int(encoded.lengths.max(initial=0)),
             num_tokens=int(encoded.lengths.sum()),
+            end_tokens=encoder.end_tokens(),
             warnings=tuple(encoder.warnings(self.dataset[0])) if len(self.dataset) else (),
         )
 

@@ -55,6 +55,18 @@ class Encoder:
                 "ms-swift's, and --template_backend swift"
             )
 
+    def end_tokens(self) -> tuple[str, ...]:
+        """Special tokens by which the template ends an answer: a base model's own end token is often another one."""
+        if self.jinja:
+            question = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+            ends = [self._render(question, {}).rpartition("ANSWER")[2]]
+        else:
+            meta = self.template.template_meta
+            ends = [word for word in (*meta.stop_words, *meta.suffix[-1:]) if isinstance(word, str)]
+        special = self.tokenizer.get_added_vocab()
+        first = [min((t for t in special if t in end), key=end.index, default=None) for end in ends]
+        return tuple(dict.fromkeys(token for token in first if token is not None))
+
     def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool] | None:
         """Token ids [L] int32, loss mask [L] float32 (all 0 for a prompt), whether it was cut. None: too long, dropped.
 

@@ -103,6 +103,8 @@ class Cluster:
         stream = RowStream if config.task == "sft" else PromptStream
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
+        if rollout is not None:
+            rollout.stop_words += info.end_tokens
         ahead = config.dataloader_num_workers > 0
         data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout, ahead=ahead)
         return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)

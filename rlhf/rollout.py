@@ -38,6 +38,7 @@ class RolloutEngines:
         self.policy: ActorGroup | None = None  # who pushed it
         self.last_push: PushReport | None = None
         self.restarts = 0  # engines replaced so far
+        self.stop_words = list(config.stop_words)  # strings and special tokens that end a response
         self.seconds: dict[str, float] = defaultdict(float)
         self.deaths = 0  # since the last completed group or push
         self.engines = [spawn(index) for index in range(num_engines)]
@@ -78,7 +79,7 @@ class RolloutEngines:
         start = time.monotonic()
         self.setup()
         try:
-            yield from _Generation(self, prompts, n, sampling).groups()
+            yield from _Generation(self, prompts, n, {"stop_words": self.stop_words} | dict(sampling or {})).groups()
         finally:
             self.seconds["generate"] += time.monotonic() - start
 

@@ -181,6 +181,11 @@ def _check_grpo(config: Config) -> None:
             raise ValueError(
                 f"soft_cache_length {config.soft_cache_length} is more than soft_max_length {config.soft_max_length}"
             )
+    if config.loss_type == "cispo" and config.epsilon_high < 1:
+        raise ValueError(
+            f"loss_type cispo caps the ratio at epsilon_high itself: {config.epsilon_high:g} would shrink every gradient; "
+            "give --epsilon_high 5, say"
+        )
     if config.top_k == 0:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
 
@@ -256,6 +261,11 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
         )
     if config.no_save_optim:
         notes.append("no_save_optim: this run cannot be resumed from its checkpoints")
+    if config.task == "rlhf" and (config.top_p < 1 or config.top_k > 0 or config.repetition_penalty != 1):
+        notes.append(
+            "top_p, top_k and repetition_penalty change what is sampled, not the policy's logprobs: "
+            "rollout_train_logprob_diff and importance weights contain the difference"
+        )
     if config.task == "rlhf" and config.kl_in_reward and not config.beta:
         notes.append("kl_in_reward has no effect with beta 0")
     if config.task == "rlhf" and config.max_length and shape.max_length:

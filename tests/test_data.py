@@ -85,6 +85,7 @@ def test_prompt_ids_are_the_chat_templates_own_without_the_answer(model, tokeniz
     assert prompt.token_ids.tolist() == expected and prompt.token_ids.dtype == np.int32
     assert prompt.messages == CONVERSATION[:-1]
     assert info.num_rows == 1 and info.longest == len(expected) and info.warnings == ()
+    assert info.end_tokens == ("<|im_end|>",)
 
 
 def test_row_ids_are_the_chat_templates_own_and_each_answer_is_trained_with_its_end(model, tokenizer, tmp_path):
