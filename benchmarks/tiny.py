@@ -1,6 +1,6 @@
 """The model and prompts of the CPU comparison, made here: nothing is downloaded.
 
-The end-of-turn token has an id beyond the model's vocabulary: it is never sampled, and every response has full length.
+The end token has an id beyond the model's vocabulary, and no special token ends a turn: every response has full length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def make_model(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_sep|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -33,7 +33,7 @@ def make_model(folder: Path) -> None:
     assert tokenizer.token_to_id("<|im_end|>") == VOCABULARY
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_sep|>\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
