@@ -29,7 +29,8 @@ def free_port() -> int:
 def cluster(tmp_path):
     """(environment to reach it, dashboard address) of a head and a worker node with one CPU each."""
     port, dashboard = free_port(), free_port()
-    environment = os.environ | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = os.environ | token | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     environment.pop("RAY_ADDRESS", None)
     common = ["--num-cpus=1", "--block", "--disable-usage-stats"]
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true", *common]
@@ -38,7 +39,7 @@ def cluster(tmp_path):
         for name, arguments in (("head", head), ("worker", [f"--address=127.0.0.1:{port}", *common])):
             log = open(tmp_path / f"{name}.log", "w")
             nodes.append(subprocess.Popen([BIN / "ray", "start", *arguments], env=environment, stdout=log, stderr=log))
-            time.sleep(15)
+            time.sleep(20)
         yield environment, f"http://127.0.0.1:{dashboard}"
     finally:
         for node in reversed(nodes):  # `ray start --block` takes its node's processes with it
