@@ -32,28 +32,32 @@ class ActorGroup:
 
     def broadcast(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """Call `method(*args)` on every rank; the ranks' results in order."""
-        return ray.get(self.broadcast_refs(method, *args, timeout=timeout))
+        refs = [getattr(actor, method).remote(*args) for actor in self.actors]
+        self._wait(method, refs, timeout)
+        return ray.get(refs)
 
     def scatter(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """Call `method(shards[i], *args)` on rank i; the ranks' results in order."""
-        return ray.get(self.scatter_refs(method, shards, *args, timeout=timeout))
-
-    def broadcast_refs(self, method: str, *args: Any, timeout: float | None = None) -> list[ray.ObjectRef]:
-        """As `broadcast`, but the finished results stay in the object store."""
-        return self._wait(method, [getattr(actor, method).remote(*args) for actor in self.actors], timeout)
+        refs = self._scatter(method, shards, *args)
+        self._wait(method, refs, timeout)
+        return ray.get(refs)
 
     def scatter_refs(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[ray.ObjectRef]:
-        """As `scatter`, but the finished results stay in the object store."""
-        assert len(shards) == len(self.actors), (self.role, method, len(shards), len(self.actors))
-        refs = [getattr(actor, method).remote(shard, *args) for actor, shard in zip(self.actors, shards)]
-        return self._wait(method, refs, timeout)
+        """As `scatter`, for a method of two return values: None, which tells that it is done, and what stays where it is."""
+        calls = self._scatter(method, shards, *args)
+        self._wait(method, [done for done, _ in calls], timeout)
+        return [kept for _, kept in calls]
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each method since the last call of this."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
 
-    def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> list[ray.ObjectRef]:
+    def _scatter(self, method: str, shards: Sequence[Any], *args: Any) -> list[Any]:
+        assert len(shards) == len(self.actors), (self.role, method, len(shards), len(self.actors))
+        return [getattr(actor, method).remote(shard, *args) for actor, shard in zip(self.actors, shards)]
+
+    def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> None:
         timeout = timeout or self.timeout
         start, waiting = time.monotonic(), list(refs)
         while waiting:  # one by one: the first failure is raised while the other ranks may hang in a collective
@@ -71,7 +75,6 @@ class ActorGroup:
                 except ray.exceptions.RayError as error:
                     self._raise_for(method, error)
         self.seconds[method] += time.monotonic() - start
-        return refs
 
     def _raise_for(self, method: str, error: ray.exceptions.RayError) -> None:
         """Raise RankFailure when a rank has died, otherwise the error of the call that failed.
@@ -149,13 +152,18 @@ class RankGroup(ActorGroup):
 
     def on_shards(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
         """Call `method(shards[data rank], *args)` on every rank; the results of the ranks that return logprobs and metrics."""
-        return ray.get(self.on_shards_refs(method, shards, *args))
+        return self._returned(self.scatter(method, self._by_rank(shards), *args))
 
     def on_shards_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
-        """As `on_shards`, but the finished results stay in the object store."""
+        """As `on_shards`, but what a method with two return values gives stays in the object store."""
+        return self._returned(self.scatter_refs(method, self._by_rank(shards), *args))
+
+    def _by_rank(self, shards: Sequence[Shard]) -> list[ray.ObjectRef]:
         stored = [ray.put(shard) for shard in shards]
-        refs = self.scatter_refs(method, [stored[info.data_rank] for info in self.infos], *args)
-        return [ref for ref, info in zip(refs, self.infos) if info.returns_logprobs]
+        return [stored[info.data_rank] for info in self.infos]
+
+    def _returned(self, results: Sequence[Any]) -> list[Any]:
+        return [result for result, info in zip(results, self.infos) if info.returns_logprobs]
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.step_thread import StepThread
 from actors.weights.checkpoint_names import checkpoint_dtype, checkpoint_tensors
@@ -66,6 +67,7 @@ class RolloutEngine:
         """Build the engine; the process id. ValueError on an option that vLLM does not know."""
         if self.config.vllm_enforce_eager:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler would still compile a function: tens of seconds
+        require_model(self.config.model)
         self.ledger = PushLedger(checkpoint_tensors(self.config.model))
         self.thread = StepThread(lambda: _build(self.config, self.index, self.load_weights), self.progress)
         engine = await self.thread.start()
@@ -134,10 +136,13 @@ class RolloutEngine:
 
         await self.thread.call(load)
 
-    async def finish_push(self, version: int, names: list[str]) -> int:
-        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache; their number."""
+    async def finish_push(self, version: int, names: list[str]) -> tuple[int, int]:
+        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache.
 
-        def finish() -> int:
+        Returns the version that is held from now on, and its number of tensors.
+        """
+
+        def finish() -> tuple[int, int]:
             with self.progress.doing(f"finishing the push of version {version}"):
                 count = self.ledger.finish(version, names)
                 engine = self.thread.engine
@@ -145,7 +150,7 @@ class RolloutEngine:
                 if not engine.reset_prefix_cache(reset_running_requests=True):
                     raise PushError(f"version {version}: the prefix cache of the old weights could not be reset")
                 self.acknowledged = version
-                return count
+                return version, count
 
         return await self.thread.call(finish)
 

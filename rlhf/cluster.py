@@ -7,12 +7,13 @@ bundles. In server mode each engine has bundles of its own. The data and reward 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors import rollout as rollout_actor
@@ -64,6 +65,7 @@ class Cluster:
         self.started_ray = False
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
+        self.bundles: list[int] = []  # of the placement group, those of a node one after another
         self.scorer: Scorer | None = None
 
     def __enter__(self) -> Cluster:
@@ -125,7 +127,7 @@ class Cluster:
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
             start_ray(
                 runtime_env={"env_vars": environment | QUIET},
-                include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+                include_dashboard=False if os.environ.get("RAY_ADDRESS", "local") == "local" else None,
                 log_to_driver=True,
             )
             self.started_ray = True
@@ -152,6 +154,7 @@ class Cluster:
                 f"Ray could not place {count} bundles of {bundle}: other jobs hold the cluster's resources "
                 f"(free now: {ray.available_resources()})"
             )
+        self.bundles = by_node(placement_group_table(self.placement)["bundles_to_node_id"])
 
     @property
     def _server_mode(self) -> bool:
@@ -182,7 +185,8 @@ class Cluster:
         kind = ray.remote(concurrency_groups={"report": 1})(DataWorker)
         return self._create(kind, {"num_cpus": 0, "scheduling_strategy": node})
 
-    def _on_bundle(self, index: int, share: float = 1 / SHARES) -> dict[str, Any]:
+    def _on_bundle(self, place: int, share: float = 1 / SHARES) -> dict[str, Any]:
+        index = self.bundles[place]
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
         options = {"scheduling_strategy": strategy, "num_cpus": self.config.cpus_per_rank * share}
         if self.placement.bundle_specs[index].get("GPU"):
@@ -194,3 +198,9 @@ class Cluster:
         actor = kind.options(runtime_env={"env_vars": threads | (env or {})}, **options).remote(self.config, **arguments)
         self.actors.append(actor)
         return actor
+
+
+def by_node(nodes: dict[int, str]) -> list[int]:
+    """Bundles of {bundle: node id} in the order of ranks: a node's stand together, those of the fullest node first."""
+    size = Counter(nodes.values())
+    return sorted(nodes, key=lambda bundle: (-size[nodes[bundle]], nodes[bundle], bundle))

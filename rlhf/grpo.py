@@ -52,7 +52,7 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
         ]
         rollout.push(policy)
         step += updates
-        state = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts}
+        state = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts, "epoch": roles.data.epoch}
         log.step(step, group_metrics(scored) | {"kl": None} | over_updates(results) | state, scored)
         checkpoints.save_if_due(step, policy, roles.data.state() | {"weight_version": rollout.version})
 

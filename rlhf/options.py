@@ -92,6 +92,8 @@ def parse(argv: Sequence[str]) -> Config:
         raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
     given = _tokens(words)
     values: dict[str, Any] = {}
+    if given.get("config") == []:
+        raise ValueError("--config needs a file: --config FILE.yaml")
     for path in given.pop("config", []):
         values |= _flatten(_read_yaml(path))
     config = Config(task=task)

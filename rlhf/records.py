@@ -120,7 +120,6 @@ class RankInfo:
     data_rank: int
     data_size: int
     returns_logprobs: bool  # last pipeline stage, tensor rank 0
-    num_parameters: int  # of the whole model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ def check_reporters(names: Sequence[str]) -> None:
     for name in names:
         if name not in REPORTERS:
             raise ValueError(f"report_to {name!r} is not supported: choose from {', '.join(REPORTERS)}")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"report_to {' '.join(names)}: none stands alone")
     if "wandb" in names:
         try:
             import wandb  # noqa: F401

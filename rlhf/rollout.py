@@ -106,10 +106,6 @@ class RolloutEngines:
             reports = self.policy.broadcast(
                 "push_weights", engines, self.version, timeout=self.config.push_timeout + PUSH_GRACE
             )
-            for index in indices:
-                held = self._get(self.engines[index].version.remote(), index, "version", self.config.push_timeout)
-                if held != self.version:
-                    raise RankFailure(f"rollout engine {index} holds version {held} after the push of {self.version}")
         except (RayTaskError, RayActorError) as error:
             if not self._replace_dead(error):
                 raise
@@ -156,9 +152,8 @@ class RolloutEngines:
 
     def late(self, index: int, call: str, timeout: float) -> RankFailure:
         """The error for a call that passed its deadline."""
-        option = "push_timeout" if call == "version" else "call_timeout"
         return RankFailure(
-            f"rollout engine {index} did not finish `{call}` within {timeout:g} s (raise {option} if that is too short "
+            f"rollout engine {index} did not finish `{call}` within {timeout:g} s (raise call_timeout if that is too short "
             f"for your model). Last report: {self._report(index)}"
         )
 
@@ -235,11 +230,11 @@ class _Generation:
             self._recover(call, error)
             return
         del self.calls[ref]
-        self.owner.deaths = 0
         for prompt, tokens, summary in zip(call.prompts, call.tokens, summaries, strict=True):
             if prompt.index in self.done:
                 continue
             self.done.add(prompt.index)
+            self.owner.deaths = 0
             yield Group(
                 prompt=prompt,
                 tokens=tokens,

@@ -135,7 +135,7 @@ class Group:
         import ray
 
         refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        results = ray.get(refs, timeout=120)
+        results = [result[1] if method == "logprobs" else result for result in ray.get(refs, timeout=120)]
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
         return [result for result in results if result is not None]

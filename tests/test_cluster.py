@@ -16,6 +16,8 @@ import pytest
 from command import ROOT, metrics
 from tiny import make_tiny_model
 
+from rlhf.cluster import by_node
+
 BIN = Path(sys.executable).parent
 
 
@@ -52,6 +54,10 @@ def actors(environment: dict[str, str], dashboard: str) -> dict[str, str]:
     command = [BIN / "ray", "list", "actors", "--address", dashboard, "--filter", "state=ALIVE", "--format", "json"]
     listed = subprocess.run(command, env=environment, capture_output=True, text=True)
     return {actor["class_name"]: actor["node_id"] for actor in json.loads(listed.stdout or "[]")}
+
+
+def test_ranks_that_follow_each_other_sit_on_one_node():
+    assert by_node({0: "b", 1: "a", 2: "b", 3: "a", 4: "b"}) == [0, 2, 4, 1, 3]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def config(**options) -> Config:
 class StandIn:
     """Every role in one; `calls` is what was asked, in order."""
 
-    data_size, version, restarts = 1, 0, 0
+    data_size, version, restarts, epoch = 1, 0, 0, 0.0
 
     def __init__(self, rewards=(1.0, 0.0)):
         self.calls, self.rewards, self.prompts = [], rewards, 0

@@ -230,10 +230,8 @@ def test_training_continues_bit_for_bit_after_loading(measured, layout):
 
 
 @all_layouts
-def test_ranks_know_their_place(measured, model, layout):
+def test_ranks_know_their_place(measured, layout):
     infos = measured(layout).infos
-    count = sum(weight.numel() for weight in load_file(model / "model.safetensors").values())
-    assert [info.num_parameters for info in infos] == [count] * len(infos)
     replicas = 2 if layout.startswith("dp2") else 1
     assert sorted({info.data_rank for info in infos}) == list(range(replicas))
     assert sum(info.returns_logprobs for info in infos) == replicas

@@ -40,22 +40,6 @@ class Model:
         """Hugging Face names and tensors, a collective of all ranks; a tensor may alias a live parameter."""
         yield from self.config.bridge.export_weights([self.module])
 
-    def num_parameters(self) -> int:
-        """Of the whole model, over all ranks that share it."""
-        import torch
-        import torch.distributed as dist
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-
-        count = sum(
-            parameter.numel()
-            for parameter in self.module.parameters()
-            if param_is_not_tensor_parallel_duplicate(parameter) and not getattr(parameter, "shared", False)
-        )
-        total = torch.tensor([count], device=torch.cuda.current_device())
-        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-        return int(total.item())
-
 
 def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any]) -> Model:
     """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.model_folder import require_model
 from actors.progress import Progress
 from rlhf.records import RankInfo, Shard
 
@@ -43,10 +44,12 @@ class MegatronRank:
         """What this rank is doing now, and for how long."""
         return self.progress.report()
 
-    def logprobs(self, shard: Shard, reference: bool = False) -> dict[int, np.ndarray] | None:
+    @ray.method(num_returns=2)
+    def logprobs(self, shard: Shard, reference: bool = False) -> tuple[None, dict[int, np.ndarray] | None]:
         """Per sequence key [L] float32: the logprob of each token given those before it, at the run's temperature; the first 0.
 
-        None on ranks that do not return results. `reference` switches the adapter off.
+        The second value, so that the controller can wait for the first and leave it where it is; it is None too on ranks that
+        do not return results. `reference` switches the adapter off.
         """
         from actors.megatron.forward_backward import run_micro_batches
         from actors.megatron.lora import adapter_disabled
@@ -59,11 +62,11 @@ class MegatronRank:
             with adapter_disabled(self.model) if reference else nullcontext():
                 packed = run_micro_batches(self.module, batches, self._score, backward=False)
             if not returns_results():
-                return None
+                return None, None
             result: dict[int, np.ndarray] = {}
             for batch, values in zip(batches, packed):
                 result |= split_logprobs(batch, values.cpu().numpy())
-            return result
+            return None, result
 
     @property
     def multiple(self) -> int:
@@ -77,6 +80,7 @@ class MegatronRank:
         from actors.megatron.platform import start_platform
 
         config = self.config
+        require_model(model)
         self.platform = start_platform()
         sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, sequence=config.sequence_parallel and tensor > 1)
         start_process_group(
@@ -106,7 +110,6 @@ class MegatronRank:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
             returns_logprobs=returns_results(),
-            num_parameters=self.model.num_parameters(),
         )
 
     def _next_token_logprobs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:

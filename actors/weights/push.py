@@ -58,18 +58,21 @@ class _Push:
         self.in_flight: deque[tuple[Bucket, list[Any]]] = deque()
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> PushReport:
-        self._wait("begin_push", [engine.begin_push.remote(self.version) for engine in self.engines])
+        begun = [engine.begin_push.remote(self.version) for engine in self.engines]  # while the first bucket is packed
         names, num_bytes, num_buckets = [], 0, 0
         for bucket in self._buckets(tensors, bucket_bytes):
+            if begun:
+                self._wait("begin_push", begun)
+                begun = []
             refs = [engine.receive_bucket.remote(bucket) for engine in self.engines]
             self.in_flight.append((bucket, refs))
             names += bucket.names
             num_bytes, num_buckets = num_bytes + bucket.size, num_buckets + 1
             self._await_buckets(BUCKETS_IN_FLIGHT - 1)
         self._await_buckets(0)
-        counts = self._wait("finish_push", [engine.finish_push.remote(self.version, names) for engine in self.engines])
-        if any(count != len(names) for count in counts):
-            raise PushError(f"version {self.version}: {len(names)} tensors sent, engines acknowledged {counts}")
+        held = self._wait("finish_push", [engine.finish_push.remote(self.version, names) for engine in self.engines])
+        if any(answer != (self.version, len(names)) for answer in held):
+            raise PushError(f"version {self.version}: {len(names)} tensors sent, engines acknowledged (version, tensors) {held}")
         return PushReport(
             version=self.version,
             num_tensors=len(names),
