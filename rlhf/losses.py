@@ -4,15 +4,20 @@ Letters: T packed tokens, B sequences. A loss is this micro batch's share of the
 `weights * loss_mask * token loss`, where `weights` already holds the division by the global batch's counts
 (`rlhf.batching.token_weights`), so the result does not depend on how the batch was split. Metrics add up over micro batches
 and data-parallel ranks in the same way; a name that starts with "max_" takes the maximum.
+
+The controller imports this module to name a loss, so it does without importing torch: tensors' own methods are enough.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from rlhf.records import MicroBatch
 
-Metrics = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+    Metrics = dict[str, torch.Tensor]
 
 
 def sft_loss(logprobs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Metrics]:
@@ -52,7 +57,7 @@ def grpo_loss(
     else:
         bounded = ratio.clamp(1 - epsilon, 1 + epsilon_high)
         unbounded = ratio if delta is None else ratio.clamp(max=delta)
-        token_loss = -torch.minimum(unbounded * batch.advantages, bounded * batch.advantages)
+        token_loss = -(unbounded * batch.advantages).minimum(bounded * batch.advantages)
         clipped = (ratio < 1 - epsilon) & (batch.advantages < 0) | (ratio > 1 + epsilon_high) & (batch.advantages > 0)
     metrics: Metrics = {"clip_fraction": _mean(clipped.float(), counted, batch)}
     if batch.ref_logprobs is not None:
@@ -110,14 +115,14 @@ def rollout_weights(
         judged = sequence_mean(log_ratio, sequence_ids, mask)[sequence_ids].exp()
     if action == "truncate":
         return judged.clamp(max=threshold)
-    return torch.where(judged > threshold, torch.zeros_like(weights), weights)
+    return weights.masked_fill(judged > threshold, 0.0)
 
 
 def sequence_mean(values: torch.Tensor, sequence_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the masked tokens of each sequence: values, sequence_ids, mask [T] -> [B]."""
     size = int(sequence_ids.max()) + 1
-    total = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, sequence_ids, values * mask)
-    count = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, sequence_ids, mask.to(values.dtype))
+    total = values.new_zeros(size).index_add(0, sequence_ids, values * mask)
+    count = values.new_zeros(size).index_add(0, sequence_ids, mask.to(values.dtype))
     return total / count.clamp(min=1)
 
 

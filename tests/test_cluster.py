@@ -36,24 +36,43 @@ def cluster(tmp_path):
     environment.pop("RAY_ADDRESS", None)
     common = ["--num-cpus=1", "--block", "--disable-usage-stats"]
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true", *common]
+    address = f"http://127.0.0.1:{dashboard}"
     nodes = []
     try:
         for name, arguments in (("head", head), ("worker", [f"--address=127.0.0.1:{port}", *common])):
             log = open(tmp_path / f"{name}.log", "w")
-            nodes.append(subprocess.Popen([BIN / "ray", "start", *arguments], env=environment, stdout=log, stderr=log))
-            time.sleep(20)
-        yield environment, f"http://127.0.0.1:{dashboard}"
+            command = [BIN / "ray", "start", *arguments, f"--dashboard-agent-listen-port={free_port()}"]
+            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            deadline = time.monotonic() + 120
+            while len(listed("nodes", environment, address)) < len(nodes):
+                assert time.monotonic() < deadline, (tmp_path / f"{name}.log").read_text()
+                time.sleep(1)
+        yield environment, address
     finally:
         for node in reversed(nodes):  # `ray start --block` takes its node's processes with it
             node.terminate()
             node.wait(60)
 
 
-def actors(environment: dict[str, str], dashboard: str) -> dict[str, str]:
-    """Node id of each living actor class."""
-    command = [BIN / "ray", "list", "actors", "--address", dashboard, "--filter", "state=ALIVE", "--format", "json"]
-    listed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return {actor["class_name"]: actor["node_id"] for actor in json.loads(listed.stdout or "[]")}
+def listed(kind: str, environment: dict[str, str], dashboard: str) -> list[dict]:
+    """The cluster's living nodes or actors."""
+    command = [BIN / "ray", "list", kind, "--address", dashboard, "--filter", "state=ALIVE", "--format", "json"]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return json.loads(answer.stdout) if answer.stdout.startswith("[") else []  # else: a sentence that says why
+
+
+def submit(options: str, environment: dict[str, str], dashboard: str, log: Path) -> subprocess.Popen:
+    """A running `ray job submit`; a head that has just started may not have an agent for the job yet."""
+    command = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "rlhf/main.py"]
+    while True:
+        with open(log, "w") as output:
+            job = subprocess.Popen(
+                [*command, *shlex.split(options)], cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
+        while job.poll() is None and "Tailing logs" not in log.read_text():
+            time.sleep(0.5)
+        if job.poll() is None or "No available agent" not in log.read_text():
+            return job
 
 
 def test_ranks_that_follow_each_other_sit_on_one_node():
@@ -74,12 +93,11 @@ def test_a_submitted_job_puts_policy_and_rollout_on_different_nodes(cluster, tmp
         "--num_generations 4 --global_batch_size 16 --micro_batch_size 4 --max_completion_length 12 --max_length 64 "
         "--vllm_max_model_len 128 --vllm_enforce_eager true --beta 0 --lr 1e-3 --train_iters 30 --report_to none"
     )
-    submit = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "rlhf/main.py"]
-    with open(tmp_path / "submit.log", "w") as log:
-        job = subprocess.Popen([*submit, *shlex.split(options)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+    job = submit(options, environment, dashboard, tmp_path / "submit.log")
     places: dict[str, str] = {}
     while job.poll() is None:
-        places |= actors(environment, dashboard) if metrics(tmp_path / "runs" / "job") else {}
+        if metrics(tmp_path / "runs" / "job"):
+            places |= {actor["class_name"]: actor["node_id"] for actor in listed("actors", environment, dashboard)}
         time.sleep(1)
     assert job.returncode == 0, (tmp_path / "submit.log").read_text()[-4000:]
     assert len(metrics(tmp_path / "runs" / "job")) == 30

@@ -1,6 +1,7 @@
 """The demo's model, tokenizer and data: two-digit addition, one token a character, nothing downloaded.
 
-Held-out sums use numbers that no training sum contains.
+Held-out sums use numbers that no training sum contains; none of their digits is held out more than twice in one place, so
+that every digit is learned in both.
 """
 
 from __future__ import annotations
@@ -54,15 +55,25 @@ def make_model(folder: Path, seed: int) -> None:
 def make_data(folder: Path, seed: int) -> None:
     """sft.jsonl, grpo.jsonl and held_out.jsonl; the sums of the first two are disjoint as well."""
     rng = random.Random(seed)
-    numbers = list(range(10, 100))
-    rng.shuffle(numbers)
-    held_out, seen = numbers[:HELD_OUT_NUMBERS], numbers[HELD_OUT_NUMBERS:]
+    held_out = hold_out(rng)
+    seen = [number for number in range(10, 100) if number not in held_out]
     training = [(a, b) for a in seen for b in seen]
     rng.shuffle(training)
     half = len(training) // 2
     _write(folder / "sft.jsonl", training[:half], answered=True)
     _write(folder / "grpo.jsonl", training[half:], answered=False)
     _write(folder / "held_out.jsonl", rng.sample([(a, b) for a in held_out for b in held_out], HELD_OUT_SUMS), answered=False)
+
+
+def hold_out(rng: random.Random) -> list[int]:
+    """HELD_OUT_NUMBERS random two-digit numbers; at most two of them have the same tens, or the same units."""
+    held_out: list[int] = []
+    for number in rng.sample(range(10, 100), 90):
+        same_tens = sum(number // 10 == other // 10 for other in held_out)
+        same_units = sum(number % 10 == other % 10 for other in held_out)
+        if len(held_out) < HELD_OUT_NUMBERS and max(same_tens, same_units) < 2:
+            held_out.append(number)
+    return held_out
 
 
 def _write(path: Path, sums: list[tuple[int, int]], *, answered: bool) -> None:
