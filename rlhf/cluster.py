@@ -125,11 +125,7 @@ class Cluster:
             under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-            start_ray(
-                runtime_env={"env_vars": environment | QUIET},
-                include_dashboard=False if os.environ.get("RAY_ADDRESS", "local") == "local" else None,
-                log_to_driver=True,
-            )
+            start_ray(runtime_env={"env_vars": environment | QUIET}, log_to_driver=True)
             self.started_ray = True
 
     def _reserve(self) -> None:

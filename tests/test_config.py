@@ -257,9 +257,16 @@ def test_help_lists_the_options_of_a_task_with_their_defaults():
     assert all(f"--{name} " in help_text() for name in supported())
 
 
-def test_reading_a_command_imports_nothing_heavy():
-    heavy = {"torch", "ray", "vllm", "megatron", "swift", "transformers", "datasets"}
-    code = f"import sys, rlhf.options, rlhf.plan, rlhf.check; print(sorted({heavy} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("rlhf.options, rlhf.plan, rlhf.check", {"torch", "ray", "vllm", "megatron", "swift", "transformers", "datasets"}),
+        ("rlhf.run, rlhf.cluster, rlhf.grpo, rlhf.sft, rlhf.metrics", {"torch", "vllm", "megatron", "swift", "transformers"}),
+    ],
+    ids=["reading a command", "the controller"],
+)
+def test_what_stays_light_imports_nothing_heavy(modules, heavy):
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""Which cluster a run joins."""
+
+import socket
+
+import pytest
+
+from rlhf import ray_start
+from rlhf.ray_start import LOCAL, cluster_address
+
+
+@pytest.fixture
+def left_behind(monkeypatch):
+    """Sets the address that a `ray start` wrote down on this machine."""
+
+    def leave(address):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray_start, "canonicalize_bootstrap_address", lambda given: given or address)
+
+    return leave
+
+
+@pytest.fixture
+def listening():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent():
+    with socket.socket() as bound:  # bound, so that nobody else listens there
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+def test_a_cluster_that_answers_is_joined(left_behind, listening):
+    left_behind(listening)
+    assert cluster_address() == listening
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(left_behind, silent, capsys):
+    left_behind(silent)
+    assert cluster_address() == LOCAL
+    assert silent in capsys.readouterr().out
+
+
+def test_without_a_cluster_a_run_starts_its_own(left_behind, monkeypatch):
+    left_behind(None)
+    assert cluster_address() == LOCAL
+    monkeypatch.undo()
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert cluster_address() == LOCAL
+
+
+def test_an_address_that_does_not_answer_is_refused(monkeypatch, silent):
+    monkeypatch.setenv("RAY_ADDRESS", silent)
+    with pytest.raises(ValueError, match=f"RAY_ADDRESS {silent}.*unset it"):
+        cluster_address()
+
+
+def test_the_address_of_a_dashboard_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ValueError, match="ray job submit"):
+        cluster_address()
