@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -139,6 +139,7 @@ class RankGroup(ActorGroup):
     """Megatron ranks. Batches are given by data rank: the ranks that share a data rank work on the same shard."""
 
     infos: list[RankInfo]
+    before_work: Callable[[], None] = staticmethod(lambda: None)  # makes room on devices that are shared by turns
 
     def setup(self) -> None:
         """Form the process group and load the model on every rank."""
@@ -159,6 +160,7 @@ class RankGroup(ActorGroup):
         return self._returned(self.scatter_refs(method, self._by_rank(shards), *args))
 
     def _by_rank(self, shards: Sequence[Shard]) -> list[ray.ObjectRef]:
+        self.before_work()
         stored = [ray.put(shard) for shard in shards]
         return [stored[info.data_rank] for info in self.infos]
 

@@ -97,15 +97,20 @@ class Policy(MegatronRank):
                 raise FloatingPointError(f"optimizer step {self.step}, policy rank {self.rank}: {values}")
             return metrics if returns_results() else None
 
-    def push_weights(self, engines: list[ActorHandle], version: int) -> PushReport | None:
-        """Send all weights, the adapter merged in, to the rollout engines as `version`; rank 0 reports."""
+    def push_weights(self, engines: dict[int, ActorHandle], version: int) -> PushReport | None:
+        """Send all weights, the adapter merged in, as `version` to this rank's rollout engines {index: actor}.
+
+        Every rank takes part in gathering the weights; one without engines returns None.
+        """
         from actors.megatron.lora import adapter_merged
         from actors.weights.push import push_weights
 
         with self.progress.doing(f"push_weights {version}"), adapter_merged(self.model):
+            self.platform.release_memory()
             tensors = self.model.export_weights()
-            if self.rank == 0:
-                return push_weights(tensors, engines, version, timeout=self.config.push_timeout)
+            if engines:
+                transport = self.platform.transport(shared_device=self.config.vllm_mode == "colocate")
+                return push_weights(tensors, engines, version, timeout=self.config.push_timeout, transport=transport)
             for _ in tensors:
                 pass
             return None

@@ -23,7 +23,6 @@ from actors.progress import Progress
 from actors.step_thread import StepThread
 from actors.weights.checkpoint_names import checkpoint_dtype, checkpoint_tensors
 from actors.weights.ledger import PushError, PushLedger
-from actors.weights.transport import ObjectStore
 from rlhf.records import Bucket, GroupTokens
 
 if TYPE_CHECKING:
@@ -55,9 +54,12 @@ class GroupSummary:
 class RolloutEngine:
     """An async Ray actor around one vLLM engine."""
 
-    def __init__(self, config: Any, *, index: int, load_weights: bool = False):
-        """`load_weights`: answer for version 0 with the model folder's weights; else the first push brings them."""
-        self.config, self.index, self.load_weights = config, index, load_weights
+    def __init__(self, config: Any, *, index: int, load_weights: bool = False, sleeps: bool = False):
+        """`load_weights`: answer for version 0 with the model folder's weights; else the first push brings them.
+
+        `sleeps`: this engine shares its GPUs, and `sleep` will be called.
+        """
+        self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
         self.progress = Progress()
         self.acknowledged: int | None = None  # the version this engine answers for
         self.held: list[tuple[int, Callable[[], None]]] = []  # (prompt index, add its request): wait for the others
@@ -69,11 +71,31 @@ class RolloutEngine:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler would still compile a function: tens of seconds
         require_model(self.config.model)
         self.ledger = PushLedger(checkpoint_tensors(self.config.model))
-        self.thread = StepThread(lambda: _build(self.config, self.index, self.load_weights), self.progress)
+        arguments = self.config, self.index, self.load_weights, self.sleeps
+        self.thread = StepThread(lambda: _build(*arguments), self.progress)
         engine = await self.thread.start()
         self.tokenizer = engine.get_tokenizer()
+        self.recorded = all(await self.thread.call(lambda: engine.collective_rpc("record_logprobs")))
         self.acknowledged = 0 if self.load_weights else None
         return os.getpid()
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights and KV cache are dropped."""
+
+        def sleep() -> None:
+            self.acknowledged = None
+            self.thread.engine.sleep(level=2)
+
+        await self.thread.call(sleep)
+
+    async def wake(self, tag: str) -> None:
+        """Take the memory of the "weights", or of the "kv_cache", again; both are to be filled anew. Nothing if awake."""
+
+        def wake() -> None:
+            if self.thread.engine.is_sleeping():
+                self.thread.engine.wake_up([tag])
+
+        await self.thread.call(wake)
 
     async def version(self) -> int | None:
         """The version this engine answers for; None before and during a push, and after one that failed."""
@@ -99,7 +121,7 @@ class RolloutEngine:
         finished = []
         for index, prompt in zip(indices, prompts):
             params = self._sampling_params(index, n, sampling or {})
-            add, done = self.thread.request(prompt.tolist(), params)
+            add, done = self.thread.request(prompt.tolist(), params, self._logprobs if self.recorded else None)
             self.held.append((index, add))
             finished.append(done)
         if len(self.held) >= together:
@@ -107,7 +129,7 @@ class RolloutEngine:
             self.thread.post(lambda: [add() for _, add in held])
         outputs = await asyncio.gather(*finished)
         self._require(version)
-        groups = [self._group(prompt, output) for prompt, output in zip(prompts, outputs)]
+        groups = [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)]
         return [summary for _, summary in groups], *(tokens for tokens, _ in groups)
 
     async def begin_push(self, version: int) -> None:
@@ -123,7 +145,8 @@ class RolloutEngine:
 
     async def receive_bucket(self, bucket: Bucket) -> None:
         """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
-        data = await ObjectStore().receive(bucket.payload, bucket.size)
+        data = await bucket.payload.open()
+        assert data.numel() == bucket.size, (data.numel(), bucket.size)
 
         def load() -> None:
             with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):
@@ -187,14 +210,23 @@ class RolloutEngine:
             include_stop_str_in_output=True,
             detokenize=bool(strings),
             seed=_seed(self.config.seed, index) if self.config.deterministic else None,
-            logprobs=0,
+            logprobs=None if self.recorded else 0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _group(self, prompt_ids: np.ndarray, output: RequestOutput) -> tuple[GroupTokens, GroupSummary]:
+    def _logprobs(self, request_id: str, output: RequestOutput) -> list[list[float]]:
+        """In the thread, when a request is finished: its samples' logprobs from where the worker recorded them."""
+        names = [request_id] if len(output.outputs) == 1 else [f"{sample.index}_{request_id}" for sample in output.outputs]
+        start = len(output.prompt_token_ids)
+        spans = [(start, start + len(sample.token_ids)) for sample in output.outputs]
+        return self.thread.engine.collective_rpc("recorded_logprobs", args=(names, spans))[0]
+
+    def _group(
+        self, prompt_ids: np.ndarray, output: RequestOutput, logprobs: list[list[float]] | None
+    ) -> tuple[GroupTokens, GroupSummary]:
         ids = [list(sample.token_ids) for sample in output.outputs]
-        logprobs = [sample.logprobs.logprobs for sample in output.outputs]
+        logprobs = logprobs or [sample.logprobs.logprobs for sample in output.outputs]
         assert [len(row) for row in ids] == [len(row) for row in logprobs], (output.request_id, ids, logprobs)
         tokens = GroupTokens(
             prompt_ids=np.asarray(prompt_ids, np.int32),
@@ -211,14 +243,14 @@ def _seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
-def _build(config: Any, index: int, load_weights: bool) -> LLMEngine:
+def _build(config: Any, index: int, load_weights: bool, sleeps: bool = False) -> LLMEngine:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights))
+    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights, sleeps))
 
 
-def _engine_args(config: Any, index: int, load_weights: bool) -> EngineArgs:
+def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
     import dataclasses
     import difflib
 
@@ -241,8 +273,9 @@ def _engine_args(config: Any, index: int, load_weights: bool) -> EngineArgs:
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
         "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
-        "worker_extension_cls": "actors.weights.vllm_extension.WeightReceiver",
+        "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
         "disable_log_stats": True,
+        "enable_sleep_mode": sleeps,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return EngineArgs(**given | config.vllm)

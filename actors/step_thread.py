@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actors.progress import Progress
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
+Answer = tuple[asyncio.Future, Any, Exception | None]  # who waits, the result, or what went wrong
+Finish = Callable[[str, "RequestOutput"], Any]
+
+
 class StepThread:
     """Lives beside an event loop: calls come from the loop's coroutines, results go back to them."""
 
@@ -23,7 +28,7 @@ class StepThread:
         self.build, self.progress = build, progress
         self.loop = asyncio.get_running_loop()
         self.calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self.pending: dict[str, asyncio.Future] = {}  # by request id; touched by the thread alone
+        self.pending: dict[str, tuple[asyncio.Future, Callable[[RequestOutput], Any] | None]] = {}  # by request id
         self.ids = itertools.count()
         self.engine: LLMEngine
 
@@ -49,15 +54,19 @@ class StepThread:
         self.calls.put(function)
 
     def request(
-        self, prompt_ids: list[int], params: SamplingParams
-    ) -> tuple[Callable[[], None], Awaitable[RequestOutput]]:
-        """A new request: what adds it to the engine (to be run in the thread), and its finished output."""
+        self, prompt_ids: list[int], params: SamplingParams, finish: Finish | None = None
+    ) -> tuple[Callable[[], None], Awaitable[tuple[RequestOutput, Any]]]:
+        """A new request: what adds it to the engine (to be run in the thread), and its finished output.
+
+        With the output comes what `finish` said of it, in the thread and before the next step, given the engine's own name of
+        the request.
+        """
         request_id, done = str(next(self.ids)), self.loop.create_future()
 
         def add() -> None:
             try:
-                self.engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
-                self.pending[request_id] = done
+                name = self.engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+                self.pending[request_id] = done, finish and partial(finish, name)
             except Exception as error:  # goes to the caller
                 self._deliver([(done, None, error)])
 
@@ -67,7 +76,7 @@ class StepThread:
         """In the thread: drop every request; whoever waits for one gets `error`."""
         if self.pending:
             self.engine.abort_request(list(self.pending))
-            self._deliver([(done, None, error) for done in self.pending.values()])
+            self._deliver([(done, None, error) for done, _ in self.pending.values()])
             self.pending.clear()
 
     def _run(self, built: asyncio.Future) -> None:
@@ -93,11 +102,18 @@ class StepThread:
             except Exception as error:  # goes to the caller
                 self.abort(error)
                 return
-            finished = [output for output in outputs if output.finished]
+            finished = [self._finished(output) for output in outputs if output.finished]
             if finished:
-                self._deliver([(self.pending.pop(output.request_id), output, None) for output in finished])
+                self._deliver(finished)
             while not self.calls.empty():
                 self.calls.get()()
+
+    def _finished(self, output: RequestOutput) -> Answer:
+        done, finish = self.pending.pop(output.request_id)
+        try:
+            return done, (output, finish and finish(output)), None
+        except Exception as error:  # goes to the caller
+            return done, None, error
 
     def _answer(self, function: Callable[[], Any], done: asyncio.Future) -> None:
         try:
@@ -106,11 +122,11 @@ class StepThread:
             result, error = None, raised
         self._deliver([(done, result, error)])
 
-    def _deliver(self, answers: list[tuple[asyncio.Future, Any, Exception | None]]) -> None:
+    def _deliver(self, answers: list[Answer]) -> None:
         self.loop.call_soon_threadsafe(_settle, answers)
 
 
-def _settle(answers: list[tuple[asyncio.Future, Any, Exception | None]]) -> None:
+def _settle(answers: list[Answer]) -> None:
     for done, result, error in answers:
         if done.done():  # its caller is gone
             continue

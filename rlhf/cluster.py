@@ -91,17 +91,21 @@ class Cluster:
         policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
         reference = rollout = scorer = None
         if config.task == "rlhf":
-            rollout = RolloutEngines(self._engine, num_engines=self.num_engines, config=config)
             scorer = self.scorer = Scorer(self._reward_worker, config)
             if needs_reference(config):
                 ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
                 reference = RankGroup("reference", ranks, timeout=config.call_timeout)
+            if not self._shares_gpus:
+                rollout = self._rollout()
         policy.setup()
         if reference is not None:
             reference.setup()
-        if rollout is not None:
+        if scorer is not None:
+            rollout = rollout or self._rollout()  # a vLLM that shares its GPU measures what the others left of it
             rollout.setup()
             scorer.wait_until_ready()
+            for ranks in filter(None, (policy, reference)):
+                ranks.before_work = rollout.sleep
         stream = RowStream if config.task == "sft" else PromptStream
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
@@ -153,6 +157,23 @@ class Cluster:
         self.bundles = by_node(placement_group_table(self.placement)["bundles_to_node_id"])
 
     @property
+    def _shares_gpus(self) -> bool:
+        """Engines and policy use the same GPUs by turns."""
+        return not self._server_mode and "GPU" in self.placement.bundle_specs[0]
+
+    def _rollout(self) -> RolloutEngines:
+        width = self.config.vllm_tensor_parallel_size
+        if not self._shares_gpus:
+            return RolloutEngines(self._engine, num_engines=self.num_engines, config=self.config)
+        return RolloutEngines(
+            self._engine,
+            num_engines=self.num_engines,
+            config=self.config,
+            sender_of=lambda index: index * width,
+            sleeps=True,
+        )
+
+    @property
     def _server_mode(self) -> bool:
         return self.config.task == "rlhf" and self.config.vllm_mode == "server"
 
@@ -170,7 +191,8 @@ class Cluster:
     def _engine(self, index: int) -> Any:
         first = index * self.config.vllm_tensor_parallel_size
         place = self._on_bundle(first + self.policy_ranks, share=1) if self._server_mode else self._on_bundle(first)
-        return self._create(ray.remote(max_concurrency=1000)(RolloutEngine), place, index=index, env=rollout_actor.ENVIRONMENT)
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+        return self._create(kind, place, index=index, sleeps=self._shares_gpus, env=rollout_actor.ENVIRONMENT)
 
     def _reward_worker(self, index: int) -> Any:
         return self._create(ray.remote(RewardWorker), {"num_cpus": 0})

@@ -11,7 +11,7 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command."""
+    """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
     from rlhf.options import help_text, load_config
 
     argv = sys.argv[1:] if argv is None else argv
@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

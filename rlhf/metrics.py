@@ -31,6 +31,7 @@ PHASE_OF_METHOD = {
     "logprobs": "logprobs",
     "train_step": "train",
     "push": "push",
+    "switch": "switch",
     "save": "save",
 }
 MILESTONES = 20  # about so many steps of a run leave samples and renew the report

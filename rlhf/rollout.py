@@ -32,8 +32,18 @@ PUSH_GRACE = 10.0  # seconds beyond push_timeout: the sender's own error, which 
 class RolloutEngines:
     """The engines of one run. `spawn(index)` creates an engine's actor; their set-up starts at once."""
 
-    def __init__(self, spawn: Callable[[int], Any], *, num_engines: int, config: Config):
-        self.spawn, self.config = spawn, config
+    def __init__(
+        self,
+        spawn: Callable[[int], Any],
+        *,
+        num_engines: int,
+        config: Config,
+        sender_of: Callable[[int], int] = lambda index: 0,
+        sleeps: bool = False,
+    ):
+        """`sender_of(index)`: the policy rank that pushes to an engine. `sleeps`: engines share their GPUs with training."""
+        self.spawn, self.config, self.sender_of, self.sleeps = spawn, config, sender_of, sleeps
+        self.asleep = False
         self.version = 0  # of the last push
         self.policy: ActorGroup | None = None  # who pushed it
         self.last_push: PushReport | None = None
@@ -58,14 +68,24 @@ class RolloutEngines:
 
     def push(self, policy: ActorGroup) -> PushReport:
         """Give every engine the policy's weights as the next version, verified."""
-        start = time.monotonic()
         self.policy = policy
         self.version += 1
         self.setup()
+        if self.asleep:
+            self._switch(self._revive, "wake", "weights")
+        start = time.monotonic()
         self.last_push = self._push_to(range(len(self.engines)))
-        self.deaths = 0
         self.seconds["push"] += time.monotonic() - start
+        if self.asleep:
+            self._switch(self.replace, "wake", "kv_cache")
+        self.asleep, self.deaths = False, 0
         return self.last_push
+
+    def sleep(self) -> None:
+        """Leave shared GPUs to training: weights and KV cache are gone until the next push. A dead engine is replaced then."""
+        if self.sleeps and not self.asleep:
+            self._switch(lambda *_: None, "sleep")
+            self.asleep = True
 
     def generate(
         self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None
@@ -90,9 +110,7 @@ class RolloutEngines:
 
     def replace(self, index: int, call: str, error: RayActorError) -> None:
         """A new engine in the place of one that died during `call`, with the current weights."""
-        self._count_death(index, call, error)
-        self._respawn(index)
-        self.setup()
+        self._revive(index, call, error)
         if self.policy is not None:
             self._push_to([index])
 
@@ -101,16 +119,37 @@ class RolloutEngines:
         return "\n".join(f"  rollout engine {index}: {self._report(index)}" for index in range(len(self.engines)))
 
     def _push_to(self, indices: Sequence[int]) -> PushReport:
-        engines = [self.engines[index] for index in indices]
+        shares: list[dict[int, Any]] = [{} for _ in self.policy.actors]
+        for index in indices:
+            shares[self.sender_of(index)][index] = self.engines[index]
         try:
-            reports = self.policy.broadcast(
-                "push_weights", engines, self.version, timeout=self.config.push_timeout + PUSH_GRACE
+            reports = self.policy.scatter(
+                "push_weights", shares, self.version, timeout=self.config.push_timeout + PUSH_GRACE
             )
         except (RayTaskError, RayActorError) as error:
             if not self._replace_dead(error):
                 raise
             return self._push_to(indices)
-        return next(report for report in reports if report is not None)
+        report = next(report for report in reports if report is not None)
+        if report.version != self.version:
+            raise RankFailure(f"rollout engine {indices[0]} holds version {report.version} after the push of {self.version}")
+        return report
+
+    def _switch(self, on_death: Callable[[int, str, RayActorError], None], method: str, *arguments: Any) -> None:
+        """Put every engine to sleep, or wake it."""
+        start = time.monotonic()
+        for index, ref in enumerate([getattr(engine, method).remote(*arguments) for engine in self.engines]):
+            try:
+                self._get(ref, index, method, self.config.call_timeout)
+            except RayActorError as error:
+                on_death(index, method, error)
+        self.seconds["switch"] += time.monotonic() - start
+
+    def _revive(self, index: int, call: str, error: RayActorError) -> None:
+        """A new engine in the place of a dead one, without weights."""
+        self._count_death(index, call, error)
+        self._respawn(index)
+        self.setup()
 
     def _replace_dead(self, error: Exception) -> bool:
         """After a push that failed: new engines for the dead ones; False when all are alive."""

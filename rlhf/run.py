@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> int:
     """Train; the exit status. Everything a user can get wrong is checked before Ray starts."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C: with every actor
     check_dataset(config)
     check_reporters(config.report_to)
     if config.task == "rlhf":

@@ -40,7 +40,7 @@ class Sender:
     def push(self, folder: Path, tamper: str = "") -> None:
         self.folder, self.tamper = folder, tamper
 
-    def push_weights(self, engines, version: int):
+    def push_weights(self, engines: dict, version: int):
         import torch
 
         from actors.weights.push import push_weights

@@ -165,5 +165,5 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name_and_the_stream_is_read_t
     weights["second"][7] = bad
     stream = iter(weights.items())
     with pytest.raises(PushError, match="'second' is not finite"):
-        push_weights(stream, [], 1)
+        push_weights(stream, {}, 1)
     assert next(stream, None) is None

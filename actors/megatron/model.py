@@ -54,7 +54,7 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
     dtype = getattr(torch, config.torch_dtype) if config.torch_dtype else _stored_dtype(hugging_face)
     settings = hf_to_mcore_config(hugging_face)
     _check_divides(settings, sizes)
-    settings |= _training_settings(config, sizes, dtype) | platform.model_settings | options
+    settings |= _training_settings(config, sizes, dtype, platform) | platform.model_settings | options
     with _rope_functions_restored():
         model_config = ModelConfig(**settings)
         (module,) = get_mcore_model(model_config)
@@ -133,12 +133,15 @@ OWNED = frozenset(
 )
 
 
-def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype) -> dict[str, Any]:
+def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, platform: Platform) -> dict[str, Any]:
     import torch
     from megatron.core.transformer.enums import AttnBackend
 
     if config.attention_backend == "local":
         raise ValueError("attention_backend local: mcore-bridge builds models with Transformer Engine's attention only")
+    backend = config.attention_backend
+    if backend == "flash" and not platform.flash_attention:
+        backend = "auto"  # Transformer Engine's own: fused where it can
     if config.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     granularity = None if config.recompute_granularity == "none" else config.recompute_granularity
@@ -149,7 +152,7 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype) ->
         "pipeline_model_parallel_size": sizes.pipeline,
         "sequence_parallel": sizes.sequence,
         "expert_tensor_parallel_size": 1,
-        "attention_backend": AttnBackend[config.attention_backend],
+        "attention_backend": AttnBackend[backend],
         "deterministic_mode": config.deterministic,
         "cross_entropy_loss_fusion": config.cross_entropy_loss_fusion,
         "calculate_per_token_loss": True,  # losses come divided: Megatron shall only add (see forward_backward.py)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from actors.weights.transport import CudaIpc, ObjectStore, Transport
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,17 @@ class Platform:
     device: torch.device
     backend: str  # of torch.distributed
     model_settings: dict[str, Any] = field(default_factory=dict)  # fields of Megatron's model config
+    flash_attention: bool = True  # Transformer Engine finds FlashAttention
+
+    def release_memory(self) -> None:
+        """Give back what torch keeps of freed device memory, to who shares the device."""
+        import torch
+
+        torch.cuda.empty_cache()  # on a CPU this does nothing
+
+    def transport(self, *, shared_device: bool) -> Transport:
+        """How weights get to engines; `shared_device`: to those on this rank's own device."""
+        return CudaIpc() if shared_device and self.device.type == "cuda" else ObjectStore()
 
 
 def start_platform() -> Platform:
@@ -26,7 +40,12 @@ def start_platform() -> Platform:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(0)  # Ray shows a rank its own GPU alone
-        return Platform(device=torch.device("cuda", 0), backend="nccl", model_settings={"gradient_accumulation_fusion": False})
+        return Platform(
+            device=torch.device("cuda", 0),
+            backend="nccl",
+            model_settings={"gradient_accumulation_fusion": False},
+            flash_attention=find_spec("flash_attn") is not None,
+        )
     cpu.install()
     kernels = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout")
     settings = {f"{kernel}_fusion": False for kernel in kernels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,14 +22,14 @@ BUCKETS_IN_FLIGHT = 2  # one loads while the next is packed
 
 def push_weights(
     named_tensors: Iterable[tuple[str, torch.Tensor]],
-    engines: list[Any],
+    engines: dict[int, Any],
     version: int,
     *,
     bucket_bytes: int = 256 << 20,
     timeout: float = 120.0,
     transport: Transport | None = None,
 ) -> PushReport:
-    """Send every tensor, under its Hugging Face name, to every engine; returns when all acknowledged `version`.
+    """Send every tensor, under its Hugging Face name, to the engines {index: actor}; returns when all acknowledged `version`.
 
     `named_tensors` is always read to its end, also after a failure: on the other ranks of a collective export somebody
     waits for each tensor. Raises PushError naming the engine, or the tensor that is not finite, or what was refused.
@@ -41,36 +42,37 @@ def push_weights(
             pass
 
 
-def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """PushError naming the tensor when it holds a NaN or an infinity: a NaN would poison the engine's KV cache."""
+def require_finite(ranges: dict[str, torch.Tensor]) -> None:
+    """PushError naming a tensor that holds a NaN or an infinity (a NaN would poison the engine's KV cache).
+
+    ranges: {name: its least and its greatest value, [2] float32}; one transfer from the device for all of them.
+    """
     import torch
 
-    if tensor.numel() and tensor.is_floating_point():
-        low, high = tensor.aminmax()  # a NaN anywhere makes both NaN
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise PushError(f"weights not pushed: tensor {name!r} is not finite (from {low.item()} to {high.item()})")
+    values = torch.stack(list(ranges.values())).cpu() if ranges else torch.zeros(0, 2)
+    for name, (low, high) in zip(ranges, values.tolist()):
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise PushError(f"weights not pushed: tensor {name!r} is not finite (from {low} to {high})")
 
 
 class _Push:
-    def __init__(self, engines: list[Any], version: int, transport: Transport, start: float, timeout: float):
+    def __init__(self, engines: dict[int, Any], version: int, transport: Transport, start: float, timeout: float):
         self.engines, self.version, self.transport = engines, version, transport
         self.start, self.timeout = start, timeout
-        self.in_flight: deque[tuple[Bucket, list[Any]]] = deque()
+        self.in_flight: deque[tuple[Bucket, dict[int, Any]]] = deque()
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> PushReport:
-        begun = [engine.begin_push.remote(self.version) for engine in self.engines]  # while the first bucket is packed
+        begun = self._call("begin_push", self.version)  # answered while the first bucket is packed
         names, num_bytes, num_buckets = [], 0, 0
         for bucket in self._buckets(tensors, bucket_bytes):
-            if begun:
-                self._wait("begin_push", begun)
-                begun = []
-            refs = [engine.receive_bucket.remote(bucket) for engine in self.engines]
-            self.in_flight.append((bucket, refs))
+            self._wait("begin_push", begun)
+            begun = {}
+            self.in_flight.append((bucket, self._call("receive_bucket", bucket)))
             names += bucket.names
             num_bytes, num_buckets = num_bytes + bucket.size, num_buckets + 1
             self._await_buckets(BUCKETS_IN_FLIGHT - 1)
         self._await_buckets(0)
-        held = self._wait("finish_push", [engine.finish_push.remote(self.version, names) for engine in self.engines])
+        held = self._wait("finish_push", self._call("finish_push", self.version, names))
         if any(answer != (self.version, len(names)) for answer in held):
             raise PushError(f"version {self.version}: {len(names)} tensors sent, engines acknowledged (version, tensors) {held}")
         return PushReport(
@@ -85,20 +87,23 @@ class _Push:
         """Copy each tensor as it comes (its memory may be reused) into one flat buffer; a full one becomes a bucket."""
         import torch
 
-        buffer, used, index, entries = None, 0, 0, []
+        buffer, used, index, entries, ranges = None, 0, 0, [], {}
         for name, tensor in tensors:
             tensor = tensor.detach()
-            require_finite(name, tensor)
             size = tensor.numel() * tensor.element_size()
             padded = -(-size // ALIGNMENT) * ALIGNMENT
             if entries and used + padded > bucket_bytes:
+                require_finite(ranges)
                 yield self._bucket(index, buffer[:used], entries)
-                used, index, entries = 0, index + 1, []
+                used, index, entries, ranges = 0, index + 1, [], {}
             if buffer is None or used + padded > buffer.numel():
                 buffer = torch.empty(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device)
             buffer[used : used + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), used))
             used += padded
+            if tensor.numel() and tensor.is_floating_point():
+                ranges[name] = torch.stack(tensor.aminmax()).float()  # a NaN anywhere makes both NaN
+        require_finite(ranges)
         if entries:
             yield self._bucket(index, buffer[:used], entries)
 
@@ -122,12 +127,15 @@ class _Push:
             self._wait(f"receive_bucket {bucket.index}", refs)
             self.transport.release(bucket.payload)
 
-    def _wait(self, call: str, refs: list[Any]) -> list[Any]:
+    def _call(self, method: str, *arguments: Any) -> dict[int, Any]:
+        return {index: getattr(engine, method).remote(*arguments) for index, engine in self.engines.items()}
+
+    def _wait(self, call: str, refs: dict[int, Any]) -> list[Any]:
         import ray
 
         results = []
-        for index, ref in enumerate(refs):
-            engine = f"rollout engine {index} of {len(refs)}"
+        for index, ref in refs.items():
+            engine = f"rollout engine {index}"
             try:
                 left = self.start + self.timeout - time.monotonic()
                 results.append(ray.get(ref, timeout=max(left, 0)))

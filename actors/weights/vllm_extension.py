@@ -1,7 +1,8 @@
-"""The receiving side inside a vLLM worker, mixed into it by `worker_extension_cls`; called through `collective_rpc`.
+"""What we add to a vLLM worker, mixed into it by `worker_extension_cls`; called through `collective_rpc`.
 
-Layerwise reload keeps a reference to each tensor until its (fused) layer is complete, then repacks the layer for the
-CPU's kernels. Tensors are therefore views of their own bucket's memory, which lives as long as one of them does.
+On a GPU tensors are copied into the parameters that are in use. On a CPU, whose kernels want them repacked, vLLM's layerwise
+reload keeps a reference to each tensor until its (fused) layer is complete. Tensors are therefore views of their own bucket's
+memory, which lives as long as one of them does.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.sampled_logprobs import LogprobRecorder
 from actors.weights.checksum import checksum
 from actors.weights.ledger import PushError
 from rlhf.records import Bucket
 
 
-class WeightReceiver:
+class WorkerExtension(LogprobRecorder):
     """Methods of vLLM's worker: begin_weights, load_bucket for each bucket, finish_weights."""
 
     _loading = False
@@ -25,8 +27,9 @@ class WeightReceiver:
         """Open the model's layers for loading; an unfinished push before it is closed first."""
         if self._loading:
             self.finish_weights(tied=False)
-        with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.model)
+        if self.device.type == "cpu":
+            with set_current_vllm_config(self.vllm_config):
+                initialize_layerwise_reload(self.model_runner.model)
         self._loading = True
 
     def load_bucket(self, bucket: Bucket, data: torch.Tensor, names: list[str]) -> None:
@@ -45,12 +48,14 @@ class WeightReceiver:
 
     def finish_weights(self, tied: bool) -> None:
         """Put the loaded layers in place; `tied`: the output layer is the embedding, and was not sent."""
+        self._loading = False
+        if self.device.type != "cpu":
+            return
         model = self.model_runner.model
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
             finalize_layerwise_reload(model, self.model_config)
             if tied:
                 _tie_output(model)
-        self._loading = False
 
 
 def _tie_output(model: torch.nn.Module) -> None:

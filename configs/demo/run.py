@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -31,9 +32,11 @@ def main() -> None:
     make_model(work / "model", arguments.seed)
     make_data(work, arguments.seed)
     common = ["--output_dir", str(work), "--seed", str(arguments.seed), "--data_seed", str(arguments.seed)]
-    megaray("sft", "--run_name", "sft", "--model", str(work / "model"), "--dataset", str(work / "sft.jsonl"), *common)
-    before = taught_a_little(work / "sft")
-    megaray("rlhf", "--run_name", "grpo", "--model", str(before), "--dataset", str(work / "grpo.jsonl"), *common)
+    sft = megaray("sft", "--run_name", "sft", "--model", str(work / "model"), "--dataset", str(work / "sft.jsonl"), *common)
+    before = stopped_when_taught(sft, work / "sft")
+    grpo = megaray("rlhf", "--run_name", "grpo", "--model", str(before), "--dataset", str(work / "grpo.jsonl"), *common)
+    if grpo.wait():
+        sys.exit("GRPO failed: see above")
     after = checkpoints(work / "grpo")[-1]
     accuracy_before, accuracy_after = answers(work / "held_out.jsonl", [before, after])
     rewards = [json.loads(line)["reward"] for line in open(work / "grpo" / "metrics.jsonl")]
@@ -43,12 +46,12 @@ def main() -> None:
     )
 
 
-def megaray(task: str, *options: str) -> None:
-    """One command, as a user types it."""
+def megaray(task: str, *options: str) -> subprocess.Popen:
+    """One command, as a user types it, started."""
     config = HERE / ("sft.yaml" if task == "sft" else "grpo.yaml")
     command = [sys.executable, str(HERE.parent.parent / "rlhf" / "main.py"), task, "--config", str(config), *options]
     print("$ megaray", *command[2:], flush=True)
-    subprocess.run(command, check=True)
+    return subprocess.Popen(command)
 
 
 def answers(questions: Path, folders: list[Path]) -> list[float]:
@@ -60,16 +63,24 @@ def answers(questions: Path, folders: list[Path]) -> list[float]:
     return [float(output.strip().splitlines()[-1]) for output in outputs]
 
 
-def taught_a_little(run: Path) -> Path:
-    """The first checkpoint with a loss under `LITTLE` over its last steps: how soon depends on the seed."""
-    losses = [row["loss"] for row in map(json.loads, open(run / "metrics.jsonl"))]
-    taught = [path for path in checkpoints(run) if fmean(losses[step_of(path) - 20 : step_of(path)]) < LITTLE]
-    return (taught or checkpoints(run)[-1:])[0]
+def stopped_when_taught(sft: subprocess.Popen, run: Path) -> Path:
+    """The first checkpoint seen with a loss under `LITTLE` over its last 20 steps; how soon that is depends on the seed."""
+    while sft.poll() is None:
+        time.sleep(0.2)
+        for checkpoint in checkpoints(run)[-1:]:
+            lines = (run / "metrics.jsonl").read_text().splitlines()[: step_of(checkpoint)]
+            loss = fmean(json.loads(line)["loss"] for line in lines[-20:])
+            if loss < LITTLE:
+                print(f"the loss is {loss:.2f}: enough of sft", flush=True)
+                sft.send_signal(signal.SIGINT)  # a run can be stopped at any moment
+                sft.wait()
+                return checkpoint
+    sys.exit("sft ended before it was good enough: see above")
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    return sorted(run.glob("checkpoint-*"), key=step_of)
+    return sorted((path for path in run.glob("checkpoint-*") if path.suffix != ".writing"), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
