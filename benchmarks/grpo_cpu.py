@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "benchmarks")}
 
+from alone import EngineAlone, PolicyAlone, random_shards  # noqa: E402
 from tiny import VOCABULARY, make_model, make_prompts  # noqa: E402
-
-from actors.policy import Policy  # noqa: E402
 
 PROMPTS, RESPONSES, TOKENS = 16, 8, 64
 RANKS = 2
@@ -107,59 +105,6 @@ def measure(work: Path, turns: int) -> list[dict[str, list[Seconds]]]:
     return [{"run": run, "floor": floor} for run, floor in zip(runs, of_floors, strict=True)]
 
 
-class PolicyAlone(Policy):
-    """A Megatron rank that goes through one batch again and again, packed once."""
-
-    def take(self, shard: Any) -> None:
-        """Pack the batch."""
-        from actors.megatron.micro_batch import fetch_sources, pack_micro_batches
-
-        self.batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
-
-    def alone(self, loss: Any) -> tuple[float, float]:
-        """Seconds of a scoring forward, and of a training step."""
-        from actors.megatron.forward_backward import run_micro_batches
-
-        start = time.monotonic()
-        run_micro_batches(self.module, self.batches, self._score, backward=False)
-        middle = time.monotonic()
-        self.training.zero_gradients()
-        run_micro_batches(
-            self.module,
-            self.batches,
-            lambda logits, batch: loss(self._next_token_logprobs(logits, batch), batch.batch),
-            backward=True,
-        )
-        self.training.update()
-        return middle - start, time.monotonic() - middle
-
-
-class EngineAlone:
-    """vLLM driven by a plain loop."""
-
-    def __init__(self, config: Any, index: int):
-        from actors.rollout import _build
-
-        self.config, self.engine = config, _build(config, index, load_weights=True)
-
-    def alone(self, prompts: list[list[int]]) -> float:
-        """Seconds to answer all prompts."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            n=RESPONSES, temperature=1.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        self.engine.reset_prefix_cache()
-        start = time.monotonic()
-        for index, ids in enumerate(prompts):
-            self.engine.add_request(str(index), {"prompt_token_ids": ids}, params)
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
-        return time.monotonic() - start
-
-
 class Floors:
     """Engines and ranks of their own, with a batch of the run's sizes; inside the run's Ray."""
 
@@ -169,7 +114,6 @@ class Floors:
 
         from actors.group import ActorGroup, RankGroup
         from actors.rollout import ENVIRONMENT
-        from rlhf.losses import grpo_loss
 
         rng = np.random.default_rng(0)
         prompts = [rng.integers(3, VOCABULARY, 20).astype(np.int32) for _ in range(PROMPTS)]
@@ -183,41 +127,14 @@ class Floors:
         self.policy = RankGroup("policy", ranks, timeout=300)
         self.policy.setup()
         self.policy.broadcast("schedule", 10**6)
-        self.policy.scatter("take", self._shards(config, prompts, rng))
-        self.loss = partial(grpo_loss, beta=0.04)
+        self.policy.scatter("take", random_shards(prompts, RESPONSES, TOKENS, VOCABULARY, config, RANKS))
 
     def once(self) -> Seconds:
         """One step's work; of each phase the slower process counts."""
-        logprobs, train = zip(*self.policy.broadcast("alone", self.loss))
-        phases = {"generate": max(self.engines.scatter("alone", self.parts)), "logprobs": max(logprobs), "train": max(train)}
+        logprobs, train = zip(*self.policy.broadcast("alone", 0.04))
+        generate = self.engines.scatter("alone", self.parts, RESPONSES, TOKENS, 0)
+        phases = {"generate": max(generate), "logprobs": max(logprobs), "train": max(train)}
         return phases | {"step": sum(phases.values())}
-
-    def _shards(self, config: Any, prompts: list[Any], rng: Any) -> list[Any]:
-        import numpy as np
-        import ray
-
-        from rlhf.batching import make_shards
-        from rlhf.records import GroupTokens, SequenceRef
-
-        sources = [
-            ray.put(
-                GroupTokens(
-                    prompt_ids=ids,
-                    response_ids=tuple(rng.integers(3, VOCABULARY, TOKENS).astype(np.int32) for _ in range(RESPONSES)),
-                    rollout_logprobs=tuple(np.full(TOKENS, -6, np.float32) for _ in range(RESPONSES)),
-                )
-            )
-            for ids in prompts
-        ]
-        count = PROMPTS * RESPONSES
-        units = [
-            [SequenceRef(source=s, item=i, key=s * RESPONSES + i, length=20 + TOKENS, weight=1 / count / TOKENS, advantage=1.0)]
-            for s in range(PROMPTS)
-            for i in range(RESPONSES)
-        ]
-        return make_shards(
-            units, sources, trained_tokens=count * TOKENS, data_size=RANKS, max_units=config.micro_batch_size, max_tokens=None
-        )
 
 
 def trl_alone(work: Path) -> float:

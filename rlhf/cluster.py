@@ -100,6 +100,8 @@ class Cluster:
         policy.setup()
         if reference is not None:
             reference.setup()
+        info = self._answer(dataset, "the data worker's setup")
+        print(info.describe())
         if scorer is not None:
             rollout = rollout or self._rollout()  # a vLLM that shares its GPU measures what the others left of it
             rollout.setup()
@@ -107,8 +109,6 @@ class Cluster:
             for ranks in filter(None, (policy, reference)):
                 ranks.before_work = rollout.sleep
         stream = RowStream if config.task == "sft" else PromptStream
-        info = self._answer(dataset, "the data worker's setup")
-        print(info.describe())
         if rollout is not None:
             rollout.stop_words += info.end_tokens
         ahead = config.dataloader_num_workers > 0

@@ -1,0 +1,174 @@
+"""GRPO on one GPU, colocated: seconds of a step and of its phases, beside the floor of each phase, in one go.
+
+The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. Floors, each in a
+process that has the GPU to itself: vLLM driven by `LLM.generate(logprobs=0)`, as others do, and in-process without logprobs, its
+fastest way; Megatron's forward, backward and optimizer step on batches of the same sizes; a device copy of the weights.
+
+usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,default,fast,megatron,copy] [--out result.json]
+                   [-- further options of the run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ |= {"RAY_ADDRESS": "local", "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"}
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+
+from alone import EngineAlone, PolicyAlone, random_shards  # noqa: E402
+from shapes import VOCABULARY, make_model, make_prompts  # noqa: E402
+
+PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
+PARTS = ("run", "default", "fast", "megatron", "copy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="1.5B")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/grpo_gpu"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("options", nargs="*", help="further options of the run")
+    arguments = parser.parse_args()
+    parts = arguments.only.split(",")
+    if len(parts) == 1 and parts[0] != "run":  # in its own process: prints what it measured
+        print(json.dumps(globals()[f"measure_{parts[0]}"](arguments)))
+        return
+    result: dict[str, Any] = {}
+    if not (arguments.work / "chance.py").exists():
+        result["parameters"] = apart("make", arguments)
+    for part in parts:
+        result[part] = measure_run(arguments) if part == "run" else apart(part, arguments)
+        print(part, json.dumps(result[part]), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1))
+
+
+def apart(part: str, arguments: argparse.Namespace) -> Any:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, "--only", part, "--work", arguments.work, "--steps", arguments.steps]
+    command += ["--tokens", arguments.tokens, "--shape", arguments.shape, "--", *arguments.options]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+
+
+def options(arguments: argparse.Namespace) -> list[str]:
+    work = arguments.work
+    values = {
+        "rlhf_type": "grpo", "model": work / "model", "dataset": work / "prompts.jsonl", "template_backend": "jinja",
+        "model_type": "qwen2", "external_plugins": work / "chance.py", "reward_funcs": "chance", "output_dir": work / "runs",
+        "run_name": f"bench-{time.time():.0f}", "num_generations": RESPONSES, "global_batch_size": PROMPTS * RESPONSES,
+        "micro_batch_tokens": 8192, "train_iters": arguments.steps + 1, "max_completion_length": arguments.tokens,
+        "max_length": PROMPT_TOKENS, "beta": 0, "lr": 1e-6, "temperature": 1.0, "nproc_per_node": 1,
+        "recompute_granularity": "none", "report_to": "none", "save_steps": 10**6, "vllm_gpu_memory_utilization": 0.5,
+        "vllm_max_num_seqs": PROMPTS * RESPONSES, "logging_steps": 1,
+    }  # fmt: skip
+    return ["rlhf", *(str(word) for name, value in values.items() for word in (f"--{name}", value)), *arguments.options]
+
+
+def measure_run(arguments: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each phase, all but the first step; and the logprob difference of the last step."""
+    words = options(arguments)
+    subprocess.run([sys.executable, str(ROOT / "rlhf" / "main.py"), *words], check=True)
+    folder = arguments.work / "runs" / words[words.index("--run_name") + 1]
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")][1:]
+    phases = {name: statistics.median(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
+    differences = {name: rows[-1][name] for name in rows[-1] if "logprob_diff" in name}
+    return phases | differences | {"response_tokens": rows[-1]["response_tokens"]}
+
+
+def measure_make(arguments: argparse.Namespace) -> int:
+    """Make the model, the prompts and a reward; the number of parameters."""
+    (arguments.work / "model").mkdir(parents=True, exist_ok=True)
+    count = make_model(arguments.work / "model", arguments.shape)
+    make_prompts(arguments.work / "prompts.jsonl", PROMPT_TOKENS)
+    reward = "import random\ndef chance(completions, **columns):\n    return [random.random() for _ in completions]\n"
+    (arguments.work / "chance.py").write_text(reward)
+    return count
+
+
+def measure_default(arguments: argparse.Namespace) -> list[float]:
+    """Seconds of `LLM.generate(logprobs=0)`, default settings."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(arguments.work / "model"), gpu_memory_utilization=0.5, max_num_seqs=PROMPTS * RESPONSES)
+    params = SamplingParams(n=RESPONSES, temperature=1.0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=0)
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        engine.generate([{"prompt_token_ids": ids} for ids in prompts()], params, use_tqdm=False)
+        seconds.append(time.monotonic() - start)
+    return seconds
+
+
+def measure_fast(arguments: argparse.Namespace) -> list[float]:
+    """Seconds of the same work by vLLM in this process, without logprobs."""
+    from actors.rollout import ENVIRONMENT
+    from rlhf.options import load_config
+
+    os.environ |= ENVIRONMENT
+    engine = EngineAlone(load_config(options(arguments)), 0)
+    return [engine.alone(prompts(), RESPONSES, arguments.tokens, None) for _ in range(2)]
+
+
+def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds of (a scoring forward, a training step) on a batch of the run's sizes."""
+    import numpy as np
+    import ray
+
+    from actors.group import RankGroup
+    from rlhf.options import load_config
+
+    config = load_config(options(arguments))
+    ray.init(include_dashboard=False, logging_level="ERROR")
+    rank = ray.remote(concurrency_groups={"report": 1})(PolicyAlone).options(num_gpus=1).remote(config, rank=0, world_size=1)
+    policy = RankGroup("policy", [rank], timeout=600)
+    policy.setup()
+    policy.broadcast("schedule", 100)
+    arrays = [np.array(ids, np.int32) for ids in prompts()]
+    policy.scatter("take", random_shards(arrays, RESPONSES, arguments.tokens, VOCABULARY, config, 1))
+    return [policy.broadcast("alone", 0.0)[0] for _ in range(1 + arguments.steps)][1:]
+
+
+def measure_copy(arguments: argparse.Namespace) -> float:
+    """Seconds of a device copy of the weights' bytes."""
+    import torch
+    from safetensors import safe_open
+
+    tensors = []
+    for file in (arguments.work / "model").glob("*.safetensors"):
+        with safe_open(file, "pt", device="cuda") as weights:
+            tensors += [weights.get_tensor(name) for name in weights.keys()]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        for copy, tensor in zip(copies, tensors):
+            copy.copy_(tensor)
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - start)
+    return min(seconds)
+
+
+def prompts() -> list[list[int]]:
+    import random
+
+    rng = random.Random(1)
+    return [[rng.randrange(3, VOCABULARY - 3) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
+
+
+if __name__ == "__main__":
+    main()
