@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -72,7 +71,7 @@ def stopped_when_taught(sft: subprocess.Popen, run: Path) -> Path:
             loss = fmean(json.loads(line)["loss"] for line in lines[-20:])
             if loss < LITTLE:
                 print(f"the loss is {loss:.2f}: enough of sft", flush=True)
-                sft.send_signal(signal.SIGINT)  # a run can be stopped at any moment
+                sft.terminate()  # a run can be stopped at any moment
                 sft.wait()
                 return checkpoint
     sys.exit("sft ended before it was good enough: see above")
