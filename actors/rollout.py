@@ -66,7 +66,7 @@ class RolloutEngine:
         self.thread: StepThread | None = None
 
     async def setup(self) -> int:
-        """Build the engine; the process id. ValueError on an option that vLLM does not know."""
+        """Build the engine; the process id."""
         if self.config.vllm_enforce_eager:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler would still compile a function: tens of seconds
         require_model(self.config.model)
@@ -251,16 +251,8 @@ def _build(config: Any, index: int, load_weights: bool, sleeps: bool = False) ->
 
 
 def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
-    import dataclasses
-    import difflib
-
     from vllm.engine.arg_utils import EngineArgs
 
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in config.vllm:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"vllm: unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     options = {
         "model": config.model,
         "dtype": config.torch_dtype or checkpoint_dtype(config.model),

@@ -96,6 +96,8 @@ def local_model(name: str, *, use_hf: bool, weights: bool = True) -> Path:
     A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError.
     """
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"--model {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

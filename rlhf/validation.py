@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf.config import Config
 from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines
+from rlhf.engine_options import check_engine_options
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -59,6 +60,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         _check_rollout(config, shape)
         _check_reference(config)
     _check_output(config)
+    check_engine_options(config)
     return _notes(config, shape)
 
 

@@ -70,6 +70,7 @@ def test_the_base_of_these_commands_is_accepted():
         ("rlhf --padding_free false", "option --padding_free is known but not supported (only true is): rows are always packed without padding"),
         ("rlhf --teacher_model x", "option --teacher_model is known but not supported: teachers (rlhf_type gkd) are not supported yet"),
         ("rlhf --offload_model true", "option --offload_model is known but not supported (only false is): offloading is not supported yet"),
+        ("rlhf --config", "--config needs a file: --config FILE.yaml"),
         ("rlhf --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
     ],
 )  # fmt: skip
@@ -93,6 +94,10 @@ def test_words_that_are_not_understood(words, message):
         ("--nproc_per_node 3 --tensor_model_parallel_size 2", "1 nodes x 3 ranks = 3 policy ranks is no multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 = 2: set --nproc_per_node (or NPROC_PER_NODE)"),
         ("--tensor_model_parallel_size 3", "tensor_model_parallel_size 3 does not divide the model's 4 attention heads"),
         ("--pipeline_model_parallel_size 3", "pipeline_model_parallel_size 3 does not divide the model's 2 layers"),
+        ("--megatron.layernorm_epsilonn 1e-5", "megatron.layernorm_epsilonn is no field of Megatron's model, optimizer or data-parallel config; did you mean megatron.layernorm_epsilon?"),
+        ("--megatron.grad_reduce_in_fp23 false", "megatron.grad_reduce_in_fp23 is no field of Megatron's model, optimizer or data-parallel config; did you mean megatron.grad_reduce_in_fp32?"),
+        ("--megatron.bf16 true", "megatron.bf16 is set by the run itself: use the option of its own"),
+        ("--vllm.block_sizes 4", "vllm.block_sizes is no engine argument of vLLM; did you mean vllm.block_size?"),
         ("--vllm_tensor_parallel_size 3", "vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead"),
         ("--vllm_tensor_parallel_size 2", "vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead"),
         ("--rollout.num_engines 2", "vllm_mode colocate has 1 policy ranks to share; 2 engines x vllm_tensor_parallel_size 1 need 2"),
@@ -166,6 +171,12 @@ def test_broken_model_folders(folder):
         assert error_of(f"rlhf {BASE}").endswith(message)
     config.write_text(json.dumps({key: value for key, value in TINY.items() if key != "intermediate_size"}))
     assert error_of(f"rlhf {BASE}").endswith("config.json lacks intermediate_size: qwen3 is not supported")
+
+
+def test_an_adapter_as_model_points_to_the_merged_one(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    assert "give the model that merge_lora puts into adapter/merged" in error_of(f"rlhf {BASE} --model adapter")
 
 
 def test_a_model_without_tokenizer_or_weights(folder):

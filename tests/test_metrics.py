@@ -253,6 +253,8 @@ assert "torch" not in sys.modules and "tensorflow" not in sys.modules
 def test_a_reporter_that_is_unknown_or_not_installed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'swanlab' is not supported: choose from tensorboard, wandb, none"):
         RunLog(tmp_path, config(report_to=["swanlab"]), total_steps=1)
+    with pytest.raises(ValueError, match="none stands alone"):
+        RunLog(tmp_path, config(report_to=["none", "tensorboard"]), total_steps=1)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ValueError, match="pip install wandb"):
         RunLog(tmp_path, config(report_to=["wandb"]), total_steps=1)

@@ -233,8 +233,6 @@ def test_what_no_save_leaves_out(hosts, model, rows, source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"megatron": {"layernorm_epsilonn": 1e-5}}, "megatron.layernorm_epsilonn .* did you mean layernorm_epsilon"),
-        ({"megatron": {"tensor_model_parallel_size": 2}}, "set by the run itself"),
         ({"tuner_type": "lora", "target_modules": ["q_proj"]}, "target_modules .*q_proj.* linear_qkv"),
         ({"attention_backend": "local"}, "attention_backend local"),
         ({"lr_warmup_iters": 10}, "warm-up of 10 steps .* 10 steps"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,72 +64,14 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The `megatron:` section as fields of the model, the optimizer and the data-parallel config, passed through.
-
-    Raises ValueError for a name that none of them has, and for one that an option of ours sets.
-    """
+    """The `megatron:` section, which was checked, as fields of the model, the optimizer and the data-parallel config."""
     from mcore_bridge import ModelConfig
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
 
-    parts: tuple[dict[str, Any], ...] = ({}, {}, {})
     known = [{field.name for field in fields(kind)} for kind in (ModelConfig, OptimizerConfig, DistributedDataParallelConfig)]
-    for name, value in options.items():
-        owners = [part for part, names in zip(parts, known) if name in names]
-        if name in OWNED:
-            raise ValueError(f"megatron.{name} is set by the run itself: use the option of its own")
-        if not owners:
-            near = difflib.get_close_matches(name, set().union(*known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"megatron.{name} is no field of Megatron's model, optimizer or data-parallel config{hint}")
-        for part in owners:
-            part[name] = value
-    return parts
-
-
-# What other options, or the way a micro batch is packed and its loss scaled, decide.
-OWNED = frozenset(
-    (
-        "params_dtype",
-        "pipeline_dtype",
-        "bf16",
-        "fp16",
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "sequence_parallel",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "recompute_granularity",
-        "recompute_method",
-        "recompute_num_layers",
-        "recompute_modules",
-        "attention_backend",
-        "deterministic_mode",
-        "cross_entropy_loss_fusion",
-        "calculate_per_token_loss",
-        "variable_seq_lengths",
-        "finalize_model_grads_func",
-        "grad_scale_func",
-        "overlap_param_gather",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_eps",
-        "use_distributed_optimizer",
-        "num_layers",
-        "hidden_size",
-        "padded_vocab_size",
-        "num_attention_heads",
-        "task_type",
-        "hf_config",
-        "mtp_num_layers",
-    )
-)
+    model, optimizer, ddp = ({name: value for name, value in options.items() if name in names} for names in known)
+    return model, optimizer, ddp
 
 
 def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, platform: Platform) -> dict[str, Any]:
