@@ -153,14 +153,15 @@ class RankGroup(ActorGroup):
 
     def on_shards(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
         """Call `method(shards[data rank], *args)` on every rank; the results of the ranks that return logprobs and metrics."""
+        self.before_work()
         return self._returned(self.scatter(method, self._by_rank(shards), *args))
 
     def on_shards_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
         """As `on_shards`, but what a method with two return values gives stays in the object store."""
+        self.before_work()
         return self._returned(self.scatter_refs(method, self._by_rank(shards), *args))
 
     def _by_rank(self, shards: Sequence[Shard]) -> list[ray.ObjectRef]:
-        self.before_work()
         stored = [ray.put(shard) for shard in shards]
         return [stored[info.data_rank] for info in self.infos]
 

@@ -106,11 +106,12 @@ class Policy(MegatronRank):
         from actors.weights.push import push_weights
 
         with self.progress.doing(f"push_weights {version}"), adapter_merged(self.model):
-            self.platform.release_memory()
             tensors = self.model.export_weights()
             if engines:
                 transport = self.platform.transport(shared_device=self.config.vllm_mode == "colocate")
-                return push_weights(tensors, engines, version, timeout=self.config.push_timeout, transport=transport)
+                report = push_weights(tensors, engines, version, timeout=self.config.push_timeout, transport=transport)
+                self.platform.release_memory()
+                return report
             for _ in tensors:
                 pass
             return None

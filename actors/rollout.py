@@ -215,7 +215,7 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _logprobs(self, request_id: str, output: RequestOutput) -> list[list[float]]:
+    def _logprobs(self, request_id: str, output: RequestOutput) -> list[np.ndarray]:
         """In the thread, when a request is finished: its samples' logprobs from where the worker recorded them."""
         names = [request_id] if len(output.outputs) == 1 else [f"{sample.index}_{request_id}" for sample in output.outputs]
         start = len(output.prompt_token_ids)
@@ -223,7 +223,7 @@ class RolloutEngine:
         return self.thread.engine.collective_rpc("recorded_logprobs", args=(names, spans))[0]
 
     def _group(
-        self, prompt_ids: np.ndarray, output: RequestOutput, logprobs: list[list[float]] | None
+        self, prompt_ids: np.ndarray, output: RequestOutput, logprobs: list[np.ndarray] | None
     ) -> tuple[GroupTokens, GroupSummary]:
         ids = [list(sample.token_ids) for sample in output.outputs]
         logprobs = logprobs or [sample.logprobs.logprobs for sample in output.outputs]

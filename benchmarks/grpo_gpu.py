@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--work", type=Path, default=Path("/tmp/grpo_gpu"))
+    parser.add_argument("--work", type=Path, help="a folder to keep (default: grpo_gpu-SHAPE in the temporary folder)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("options", nargs="*", help="further options of the run")
     arguments = parser.parse_args()
+    arguments.work = arguments.work or Path(tempfile.gettempdir()) / f"grpo_gpu-{arguments.shape}"
     parts = arguments.only.split(",")
     if len(parts) == 1 and parts[0] != "run":  # in its own process: prints what it measured
         print(json.dumps(globals()[f"measure_{parts[0]}"](arguments)))
@@ -60,8 +62,8 @@ def apart(part: str, arguments: argparse.Namespace) -> Any:
     """Measure in a process of its own."""
     command = [sys.executable, __file__, "--only", part, "--work", arguments.work, "--steps", arguments.steps]
     command += ["--tokens", arguments.tokens, "--shape", arguments.shape, "--", *arguments.options]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def options(arguments: argparse.Namespace) -> list[str]:

@@ -96,18 +96,16 @@ class Cluster:
                 ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
                 reference = RankGroup("reference", ranks, timeout=config.call_timeout)
             if not self._shares_gpus:
-                rollout = self._rollout()
+                rollout = RolloutEngines(self._engine, num_engines=self.num_engines, config=config)
         policy.setup()
         if reference is not None:
             reference.setup()
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
         if scorer is not None:
-            rollout = rollout or self._rollout()  # a vLLM that shares its GPU measures what the others left of it
+            rollout = rollout or self._sharing_rollout([ranks for ranks in (policy, reference) if ranks is not None])
             rollout.setup()
             scorer.wait_until_ready()
-            for ranks in filter(None, (policy, reference)):
-                ranks.before_work = rollout.sleep
         stream = RowStream if config.task == "sft" else PromptStream
         if rollout is not None:
             rollout.stop_words += info.end_tokens
@@ -161,17 +159,19 @@ class Cluster:
         """Engines and policy use the same GPUs by turns."""
         return not self._server_mode and "GPU" in self.placement.bundle_specs[0]
 
-    def _rollout(self) -> RolloutEngines:
+    def _sharing_rollout(self, neighbours: list[RankGroup]) -> RolloutEngines:
+        """Engines on the GPUs of ranks that are set up: vLLM measures what they left."""
         width = self.config.vllm_tensor_parallel_size
-        if not self._shares_gpus:
-            return RolloutEngines(self._engine, num_engines=self.num_engines, config=self.config)
-        return RolloutEngines(
+        rollout = RolloutEngines(
             self._engine,
             num_engines=self.num_engines,
             config=self.config,
             sender_of=lambda index: index * width,
-            sleeps=True,
+            neighbours=neighbours,
         )
+        for ranks in neighbours:
+            ranks.before_work = rollout.sleep
+        return rollout
 
     @property
     def _server_mode(self) -> bool:

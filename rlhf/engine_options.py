@@ -32,11 +32,18 @@ OWNED = frozenset(
 )
 
 
+# Of vLLM's engine arguments what the push, the logprobs and the turns on a GPU rely on.
+OWNED_OF_VLLM = frozenset(
+    "model load_format tensor_parallel_size logprobs_mode worker_extension_cls enable_sleep_mode speculative_config".split()
+)
+
+
 def check_engine_options(config: Config) -> None:
     """Raises ValueError for a name that Megatron or vLLM does not know, and for one that the run itself sets."""
-    for name in config.megatron:
-        if name in OWNED:
-            raise ValueError(f"megatron.{name} is set by the run itself: use the option of its own")
+    owned = [f"megatron.{name}" for name in config.megatron if name in OWNED]
+    owned += [f"vllm.{name}" for name in config.vllm if name in OWNED_OF_VLLM]
+    if owned:
+        raise ValueError(f"{owned[0]} is set by the run itself: use the option of its own, if there is one")
     _check("megatron", list(config.megatron), "no field of Megatron's model, optimizer or data-parallel config", MEGATRON)
     _check("vllm", list(config.vllm), "no engine argument of vLLM", VLLM)
 

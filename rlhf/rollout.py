@@ -7,15 +7,15 @@ current weights, and its unfinished prompts are sampled again.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.group import RankFailure
+from rlhf.generation import Generation
 from rlhf.records import Group, Prompt, PushReport
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 MAX_DEATHS = 3  # of engines, without one completed group or push in between
 REPORT_TIMEOUT = 5.0  # seconds
-MAX_PROMPTS_PER_CALL = 4
-WATCH_SECONDS = 5.0  # between looks at the policy while engines generate
 PUSH_GRACE = 10.0  # seconds beyond push_timeout: the sender's own error, which says more, comes first
 
 
@@ -39,10 +37,10 @@ class RolloutEngines:
         num_engines: int,
         config: Config,
         sender_of: Callable[[int], int] = lambda index: 0,
-        sleeps: bool = False,
+        neighbours: Sequence[ActorGroup] = (),
     ):
-        """`sender_of(index)`: the policy rank that pushes to an engine. `sleeps`: engines share their GPUs with training."""
-        self.spawn, self.config, self.sender_of, self.sleeps = spawn, config, sender_of, sleeps
+        """`sender_of(index)`: the policy rank that pushes to an engine. `neighbours`: who uses the engines' GPUs by turns."""
+        self.spawn, self.config, self.sender_of, self.neighbours = spawn, config, sender_of, neighbours
         self.asleep = False
         self.version = 0  # of the last push
         self.policy: ActorGroup | None = None  # who pushed it
@@ -72,6 +70,8 @@ class RolloutEngines:
         self.version += 1
         self.setup()
         if self.asleep:
+            for ranks in self.neighbours:
+                ranks.broadcast("release_memory")
             self._switch(self._revive, "wake", "weights")
         start = time.monotonic()
         self.last_push = self._push_to(range(len(self.engines)))
@@ -83,7 +83,7 @@ class RolloutEngines:
 
     def sleep(self) -> None:
         """Leave shared GPUs to training: weights and KV cache are gone until the next push. A dead engine is replaced then."""
-        if self.sleeps and not self.asleep:
+        if self.neighbours and not self.asleep:
             self._switch(lambda *_: None, "sleep")
             self.asleep = True
 
@@ -99,12 +99,12 @@ class RolloutEngines:
         start = time.monotonic()
         self.setup()
         try:
-            yield from _Generation(self, prompts, n, {"stop_words": self.stop_words} | dict(sampling or {})).groups()
+            yield from Generation(self, prompts, n, {"stop_words": self.stop_words} | dict(sampling or {})).groups()
         finally:
             self.seconds["generate"] += time.monotonic() - start
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds spent in "generate" and "push" since the last call of this."""
+        """Seconds spent in "generate", "push" and "switch" (to sleep and back) since the last call of this."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
 
@@ -130,10 +130,11 @@ class RolloutEngines:
             if not self._replace_dead(error):
                 raise
             return self._push_to(indices)
-        report = next(report for report in reports if report is not None)
-        if report.version != self.version:
-            raise RankFailure(f"rollout engine {indices[0]} holds version {report.version} after the push of {self.version}")
-        return report
+        sent = [report for report in reports if report is not None]
+        for report in sent:
+            if report.version != self.version:
+                raise RankFailure(f"a rollout engine holds version {report.version} after the push of {self.version}")
+        return sent[0]
 
     def _switch(self, on_death: Callable[[int, str, RayActorError], None], method: str, *arguments: Any) -> None:
         """Put every engine to sleep, or wake it."""
@@ -203,120 +204,3 @@ class RolloutEngines:
             return "no answer"
         except RayActorError:
             return "dead"
-
-
-class _Call(NamedTuple):
-    index: int
-    engine: Any
-    prompts: list[Prompt]
-    tokens: list[ray.ObjectRef]
-    deadline: float
-
-    def __str__(self) -> str:
-        places = [prompt.index for prompt in self.prompts]
-        return f"generate(prompts {min(places)} to {max(places)})"
-
-
-class _Generation:
-    """One call of `generate`: which engine works on which prompt."""
-
-    def __init__(self, owner: RolloutEngines, prompts: Sequence[Prompt], n: int, sampling: Mapping[str, Any] | None):
-        self.owner, self.n, self.sampling = owner, n, sampling
-        self.timeout = owner.config.call_timeout
-        self.calls: dict[ray.ObjectRef, _Call] = {}  # by the reference of the groups' summaries
-        self.prompts = list(prompts)
-        self.done: set[int] = set()  # indices of prompts whose group came out
-        self.waiting: deque[Prompt] = deque()
-        # A call costs about a millisecond, as much as ten short responses; but one that waits for many gives out nothing.
-        self.per_call = max(1, min(MAX_PROMPTS_PER_CALL, len(self.prompts) // (4 * len(owner.engines))))
-        # Prompts that keep an engine's batch full while the controller looks elsewhere.
-        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + self.per_call
-
-    def groups(self) -> Iterator[Group]:
-        """Every prompt's group, in the order of completion."""
-        if self.owner.config.deterministic:
-            for index in range(len(self.owner.engines)):
-                self._submit_share(index)
-        else:
-            self.waiting.extend(self.prompts)
-            self._fill()
-        while self.calls:
-            for ref in self._ready():
-                if ref in self.calls:
-                    yield from self._take(ref)
-            self._fill()
-
-    def _ready(self) -> list[ray.ObjectRef]:
-        refs = list(self.calls)
-        while True:
-            ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)
-            now = time.monotonic()
-            done, working = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-            for call in (self.calls[ref] for ref in working):
-                if call.deadline <= now:  # also while others come out
-                    raise self.owner.late(call.index, str(call), self.timeout)
-            if done:
-                return done
-            if self.owner.policy is not None:
-                self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
-
-    def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:
-        """The groups of a finished call; none when its engine died (its prompts have been given out again)."""
-        call = self.calls[ref]
-        try:
-            summaries = ray.get(ref)
-        except RayActorError as error:
-            self._recover(call, error)
-            return
-        del self.calls[ref]
-        for prompt, tokens, summary in zip(call.prompts, call.tokens, summaries, strict=True):
-            if prompt.index in self.done:
-                continue
-            self.done.add(prompt.index)
-            self.owner.deaths = 0
-            yield Group(
-                prompt=prompt,
-                tokens=tokens,
-                texts=summary.texts,
-                finish_reasons=summary.finish_reasons,
-                response_lengths=summary.response_lengths,
-                weight_version=self.owner.version,
-            )
-
-    def _recover(self, lost: _Call, error: RayActorError) -> None:
-        prompts = [prompt for call in self.calls.values() if call.engine is lost.engine for prompt in call.prompts]
-        self.calls = {ref: call for ref, call in self.calls.items() if call.engine is not lost.engine}
-        self.owner.replace(lost.index, str(lost), error)
-        if self.owner.config.deterministic:
-            self._submit_share(lost.index)
-        else:
-            self.waiting.extendleft(reversed(prompts))
-
-    def _fill(self) -> None:
-        """Give waiting prompts to the engines with the fewest, as long as there is room."""
-        load = [0] * len(self.owner.engines)
-        for call in self.calls.values():
-            load[call.index] += len(call.prompts)
-        while self.waiting and min(load) < self.room:
-            index = load.index(min(load))
-            prompts = [self.waiting.popleft() for _ in range(min(self.per_call, len(self.waiting)))]
-            self._submit(index, prompts, together=1)
-            load[index] += len(prompts)
-
-    def _submit_share(self, index: int) -> None:
-        """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
-        share = self.prompts[index :: len(self.owner.engines)]
-        for first in range(0, len(share), self.per_call):
-            self._submit(index, share[first : first + self.per_call], together=len(share))
-
-    def _submit(self, index: int, prompts: list[Prompt], *, together: int) -> None:
-        engine = self.owner.engines[index]
-        summaries, *tokens = engine.generate.options(num_returns=len(prompts) + 1).remote(
-            [prompt.index for prompt in prompts],
-            [prompt.token_ids for prompt in prompts],
-            self.n,
-            self.owner.version,
-            self.sampling,
-            together,
-        )
-        self.calls[summaries] = _Call(index, engine, prompts, tokens, time.monotonic() + self.timeout)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> int:
     """Train; the exit status. Everything a user can get wrong is checked before Ray starts."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C: with every actor
     check_dataset(config)
     check_reporters(config.report_to)
     if config.task == "rlhf":
@@ -38,6 +37,7 @@ def run(config: Config) -> int:
 
     try:
         with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C (Ray has set a handler of its own)
             train(config, cluster, folder, checkpoints, resumed)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):

@@ -64,12 +64,14 @@ def listed(kind: str, environment: dict[str, str], dashboard: str) -> list[dict]
 def submit(options: str, environment: dict[str, str], dashboard: str, log: Path) -> subprocess.Popen:
     """A running `ray job submit`; a head that has just started may not have an agent for the job yet."""
     command = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "rlhf/main.py"]
+    deadline = time.monotonic() + 120
     while True:
+        assert time.monotonic() < deadline, log.read_text()
         with open(log, "w") as output:
             job = subprocess.Popen(
                 [*command, *shlex.split(options)], cwd=ROOT, env=environment, stdout=output, stderr=output
             )
-        while job.poll() is None and "Tailing logs" not in log.read_text():
+        while job.poll() is None and "Tailing logs" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
         if job.poll() is None or "No available agent" not in log.read_text():
             return job

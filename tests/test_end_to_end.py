@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import command
+import psutil
 import pytest
 from safetensors.numpy import load_file
 from tiny import make_tiny_model
@@ -78,6 +79,22 @@ def test_a_killed_run_continues_bit_for_bit(model, data, plugin, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for tensor, value in weights[0].items():
         assert value.tobytes() == weights[1][tensor].tobytes(), tensor
+
+
+def test_sigterm_ends_a_run_with_its_processes(model, data, tmp_path):
+    rows = [json.loads(line) for line in open(data)]
+    answers = [{"role": "assistant", "content": row["solution"]} for row in rows]
+    lines = [json.dumps({"messages": [*row["messages"], answer]}) + "\n" for row, answer in zip(rows, answers)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    options = f"--model {model} --dataset {tmp_path}/rows.jsonl --template_backend jinja --output_dir {tmp_path} --run_name run"
+    log = tmp_path / "run.log"
+    process = command.start("sft", *options.split(), "--train_iters", 100000, "--lr", 1e-3, "--report_to", "none", log=log)
+    command.wait_until(lambda: len(command.metrics(tmp_path / "run")) >= 3, process, log=log)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=30) == 130
+    assert "interrupted" in log.read_text()
+    assert psutil.wait_procs(started, timeout=30)[1] == []
 
 
 def test_a_reward_worker_and_an_engine_are_replaced_and_a_dead_rank_ends_the_run(model, data, plugin, tmp_path):

@@ -67,6 +67,9 @@ class Sender:
         # 100,000 bytes: several buckets, tensors larger than one, fused layers spread over two
         return push_weights(weights.items(), engines, version, bucket_bytes=100_000, timeout=60, transport=Damaging())
 
+    def release_memory(self) -> None:
+        """Asked of those who share the engines' devices."""
+
     def report(self) -> str:
         return "ready"
 
@@ -175,6 +178,32 @@ def test_an_engine_refuses_to_generate_before_the_first_push(started) -> None:
     started.setup()
     with pytest.raises(RuntimeError, match="asked for weight version 0 but has no complete push"):
         list(started.generate(some_prompts(1), n=1))
+
+
+@pytest.fixture
+def by_turns(engines, policy, monkeypatch) -> RolloutEngines:
+    """The engines as if they shared their devices with the policy."""
+    monkeypatch.setattr(engines, "neighbours", [policy])
+    return engines
+
+
+def test_engines_that_slept_answer_after_the_next_push_alone(by_turns, policy, models) -> None:
+    by_turns.sleep()
+    with pytest.raises(RuntimeError, match="has no complete push"):
+        list(by_turns.generate(some_prompts(1), n=1))
+    push(by_turns, policy, models["a"])
+    assert logprob_error(hugging_face(models["a"]), list(by_turns.generate(some_prompts(4), n=2))) <= TOLERANCE
+    assert by_turns.take_seconds()["switch"] > 0
+
+
+@pytest.mark.slow
+def test_an_engine_that_died_asleep_is_replaced_by_the_next_push(by_turns, policy, models) -> None:
+    before = by_turns.restarts
+    by_turns.sleep()
+    ray.kill(by_turns.engines[0])
+    push(by_turns, policy, models["a"])
+    assert by_turns.restarts == before + 1
+    assert logprob_error(hugging_face(models["a"]), list(by_turns.generate(some_prompts(8), n=2))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -356,9 +385,3 @@ def test_a_tied_output_layer_follows_the_embedding(local_ray, policy, tmp_path, 
         assert push(engines, policy, folder).num_tensors == 24 + (stored and folder is folders[0])
         assert logprob_error(hugging_face(folder), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
     ray.kill(engines.engines[0])
-
-
-@pytest.mark.slow
-def test_a_misspelt_vllm_option_is_refused_by_name(local_ray, models) -> None:
-    with pytest.raises(ValueError, match="unknown option 'max_num_seq': did you mean 'max_num_seqs'"):
-        start_engines(settings(models["a"], vllm={"max_num_seq": 8}), 1).setup()

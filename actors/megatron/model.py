@@ -82,7 +82,8 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
         raise ValueError("attention_backend local: mcore-bridge builds models with Transformer Engine's attention only")
     backend = config.attention_backend
     if backend == "flash" and not platform.flash_attention:
-        backend = "auto"  # Transformer Engine's own: fused where it can
+        print("attention_backend flash: flash-attn is not installed; Transformer Engine chooses among its own kernels")
+        backend = "auto"
     if config.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     granularity = None if config.recompute_granularity == "none" else config.recompute_granularity

@@ -68,6 +68,10 @@ class MegatronRank:
                 result |= split_logprobs(batch, values.cpu().numpy())
             return None, result
 
+    def release_memory(self) -> None:
+        """Give back the device memory that is not in use, to who shares the device."""
+        self.platform.release_memory()
+
     @property
     def multiple(self) -> int:
         """Micro batches have a multiple of this many tokens."""

@@ -27,6 +27,7 @@ class WorkerExtension(LogprobRecorder):
         """Open the model's layers for loading; an unfinished push before it is closed first."""
         if self._loading:
             self.finish_weights(tied=False)
+        self.forget_logprobs()
         if self.device.type == "cpu":
             with set_current_vllm_config(self.vllm_config):
                 initialize_layerwise_reload(self.model_runner.model)
@@ -45,6 +46,8 @@ class WorkerExtension(LogprobRecorder):
         weights = [(name, _read(data, *where)) for name, *where in entries if name in wanted]
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
             self.model_runner.model.load_weights(weights)
+        if data.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the sender may reuse this memory when we answer
 
     def finish_weights(self, tied: bool) -> None:
         """Put the loaded layers in place; `tied`: the output layer is the embedding, and was not sent."""

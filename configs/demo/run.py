@@ -64,16 +64,18 @@ def answers(questions: Path, folders: list[Path]) -> list[float]:
 
 def stopped_when_taught(sft: subprocess.Popen, run: Path) -> Path:
     """The first checkpoint seen with a loss under `LITTLE` over its last 20 steps; how soon that is depends on the seed."""
-    while sft.poll() is None:
-        time.sleep(0.2)
-        for checkpoint in checkpoints(run)[-1:]:
-            lines = (run / "metrics.jsonl").read_text().splitlines()[: step_of(checkpoint)]
-            loss = fmean(json.loads(line)["loss"] for line in lines[-20:])
-            if loss < LITTLE:
-                print(f"the loss is {loss:.2f}: enough of sft", flush=True)
-                sft.terminate()  # a run can be stopped at any moment
-                sft.wait()
-                return checkpoint
+    try:
+        while sft.poll() is None:
+            time.sleep(0.2)
+            for checkpoint in checkpoints(run)[-1:]:
+                lines = (run / "metrics.jsonl").read_text().splitlines()[: step_of(checkpoint)]
+                loss = fmean(json.loads(line)["loss"] for line in lines[-20:])
+                if loss < LITTLE:
+                    print(f"the loss is {loss:.2f}: enough of sft", flush=True)
+                    return checkpoint
+    finally:
+        sft.terminate()  # a run can be stopped at any moment
+        sft.wait()
     sys.exit("sft ended before it was good enough: see above")
 
 

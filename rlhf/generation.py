@@ -1,0 +1,139 @@
+"""One generation: which engine works on which prompt. Who has room takes the next one; groups come out as they complete."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+from ray.exceptions import RayActorError
+
+from rlhf.records import Group, Prompt
+
+if TYPE_CHECKING:
+    from rlhf.rollout import RolloutEngines
+
+MAX_PROMPTS_PER_CALL = 4
+WATCH_SECONDS = 5.0  # between looks at the policy while engines generate
+
+
+class Call(NamedTuple):
+    """Prompts that an engine works on."""
+
+    index: int
+    engine: Any
+    prompts: list[Prompt]
+    tokens: list[ray.ObjectRef]
+    deadline: float
+
+    def __str__(self) -> str:
+        places = [prompt.index for prompt in self.prompts]
+        return f"generate(prompts {min(places)} to {max(places)})"
+
+
+class Generation:
+    """One call of `generate`: which engine works on which prompt."""
+
+    def __init__(self, owner: RolloutEngines, prompts: Sequence[Prompt], n: int, sampling: Mapping[str, Any] | None):
+        self.owner, self.n, self.sampling = owner, n, sampling
+        self.timeout = owner.config.call_timeout
+        self.calls: dict[ray.ObjectRef, Call] = {}  # by the reference of the groups' summaries
+        self.prompts = list(prompts)
+        self.done: set[int] = set()  # indices of prompts whose group came out
+        self.waiting: deque[Prompt] = deque()
+        # A call costs about a millisecond, as much as ten short responses; but one that waits for many gives out nothing.
+        self.per_call = max(1, min(MAX_PROMPTS_PER_CALL, len(self.prompts) // (4 * len(owner.engines))))
+        # Prompts that keep an engine's batch full while the controller looks elsewhere.
+        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + self.per_call
+
+    def groups(self) -> Iterator[Group]:
+        """Every prompt's group, in the order of completion."""
+        if self.owner.config.deterministic:
+            for index in range(len(self.owner.engines)):
+                self._submit_share(index)
+        else:
+            self.waiting.extend(self.prompts)
+            self._fill()
+        while self.calls:
+            for ref in self._ready():
+                if ref in self.calls:
+                    yield from self._take(ref)
+            self._fill()
+
+    def _ready(self) -> list[ray.ObjectRef]:
+        refs = list(self.calls)
+        while True:
+            ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)
+            now = time.monotonic()
+            done, working = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+            for call in (self.calls[ref] for ref in working):
+                if call.deadline <= now:  # also while others come out
+                    raise self.owner.late(call.index, str(call), self.timeout)
+            if done:
+                return done
+            if self.owner.policy is not None:
+                self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
+
+    def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:
+        """The groups of a finished call; none when its engine died (its prompts have been given out again)."""
+        call = self.calls[ref]
+        try:
+            summaries = ray.get(ref)
+        except RayActorError as error:
+            self._recover(call, error)
+            return
+        del self.calls[ref]
+        for prompt, tokens, summary in zip(call.prompts, call.tokens, summaries, strict=True):
+            if prompt.index in self.done:
+                continue
+            self.done.add(prompt.index)
+            self.owner.deaths = 0
+            yield Group(
+                prompt=prompt,
+                tokens=tokens,
+                texts=summary.texts,
+                finish_reasons=summary.finish_reasons,
+                response_lengths=summary.response_lengths,
+                weight_version=self.owner.version,
+            )
+
+    def _recover(self, lost: Call, error: RayActorError) -> None:
+        prompts = [prompt for call in self.calls.values() if call.engine is lost.engine for prompt in call.prompts]
+        self.calls = {ref: call for ref, call in self.calls.items() if call.engine is not lost.engine}
+        self.owner.replace(lost.index, str(lost), error)
+        if self.owner.config.deterministic:
+            self._submit_share(lost.index)
+        else:
+            self.waiting.extendleft(reversed(prompts))
+
+    def _fill(self) -> None:
+        """Give waiting prompts to the engines with the fewest, as long as there is room."""
+        load = [0] * len(self.owner.engines)
+        for call in self.calls.values():
+            load[call.index] += len(call.prompts)
+        while self.waiting and min(load) < self.room:
+            index = load.index(min(load))
+            prompts = [self.waiting.popleft() for _ in range(min(self.per_call, len(self.waiting)))]
+            self._submit(index, prompts, together=1)
+            load[index] += len(prompts)
+
+    def _submit_share(self, index: int) -> None:
+        """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
+        share = self.prompts[index :: len(self.owner.engines)]
+        for first in range(0, len(share), self.per_call):
+            self._submit(index, share[first : first + self.per_call], together=len(share))
+
+    def _submit(self, index: int, prompts: list[Prompt], *, together: int) -> None:
+        engine = self.owner.engines[index]
+        summaries, *tokens = engine.generate.options(num_returns=len(prompts) + 1).remote(
+            [prompt.index for prompt in prompts],
+            [prompt.token_ids for prompt in prompts],
+            self.n,
+            self.owner.version,
+            self.sampling,
+            together,
+        )
+        self.calls[summaries] = Call(index, engine, prompts, tokens, time.monotonic() + self.timeout)
