@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,15 +110,24 @@ class Generation:
             self.waiting.extendleft(reversed(prompts))
 
     def _fill(self) -> None:
-        """Give waiting prompts to the engines with the fewest, as long as there is room."""
+        """Give waiting prompts to the engines with the fewest, as long as there is room.
+
+        What an engine gets at a time starts together: its batch is full from its first step.
+        """
         load = [0] * len(self.owner.engines)
         for call in self.calls.values():
             load[call.index] += len(call.prompts)
+        given: list[tuple[int, list[Prompt]]] = []
         while self.waiting and min(load) < self.room:
             index = load.index(min(load))
             prompts = [self.waiting.popleft() for _ in range(min(self.per_call, len(self.waiting)))]
-            self._submit(index, prompts, together=1)
+            given.append((index, prompts))
             load[index] += len(prompts)
+        together: Counter[int] = Counter()
+        for index, prompts in given:
+            together[index] += len(prompts)
+        for index, prompts in given:
+            self._submit(index, prompts, together=together[index])
 
     def _submit_share(self, index: int) -> None:
         """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
