@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 20, 20, 38
 MAX_POINTS = 300
 MAX_BARS = 120
 MARKER_POINTS = 12  # up to so many points each one gets a dot
+SAME = 1e-6  # values whose spread is less than this part of them are drawn as equal: no tick could tell them apart
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Values = Sequence[float | None]
@@ -170,7 +171,7 @@ def _step_axis(steps: Sequence[int], room: float = 0.0) -> Axis:
 def _value_axis(low: float, high: float) -> Axis:
     if 0 < low <= 0.6 * high:
         low = 0.0
-    if low == high:
+    if high - low <= SAME * max(abs(low), abs(high)):
         low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     pad = (high - low) * 0.06
     low, high = (low if low == 0 else low - pad), high + pad

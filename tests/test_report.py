@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.charts import number, round_ticks, thin
+from rlhf.charts import Series, line_chart, number, round_ticks, thin
 from rlhf.report import write_report
 
 PATH = re.compile(r'<polyline class="line"[^>]*points="([^"]*)"')
@@ -185,3 +185,11 @@ def test_long_runs_are_thinned_by_means_and_keep_missing_values():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_a_curve_that_hardly_moves_is_drawn_as_a_level_line():
+    """The learning rate at the start of a very long cosine."""
+    rates = [0.001, 0.00099999999975326, 0.0009999999990130395]
+    chart = line_chart([1, 2, 3], [Series(name="lr", values=rates)], window=1)
+    heights = {float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', chart)}
+    assert len(heights) == 1
