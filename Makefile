@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo setup test test-all lint check
+.PHONY: demo setup test test-all test-gpu lint check
 demo: setup
 	$(BIN)/python configs/demo/run.py
 
@@ -12,6 +12,9 @@ test: setup lint
 
 test-all: setup lint
 	$(BIN)/python -m pytest
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
 
 lint: setup
 	$(BIN)/ruff check .

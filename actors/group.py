@@ -151,6 +151,11 @@ class RankGroup(ActorGroup):
         """Number of data ranks."""
         return self.infos[0].data_size
 
+    def on_all(self, method: str, *args: Any) -> list[Any]:
+        """Call `method(*args)` on every rank, for work that needs the ranks' tensors on their devices."""
+        self.before_work()
+        return self.broadcast(method, *args)
+
     def on_shards(self, method: str, shards: Sequence[Shard], *args: Any) -> list[Any]:
         """Call `method(shards[data rank], *args)` on every rank; the results of the ranks that return logprobs and metrics."""
         self.before_work()

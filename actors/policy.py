@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.device_memory import peak_gib
 from actors.megatron.rank import MegatronRank
 from rlhf.records import MicroBatch, PushReport, RankInfo, Shard
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
     from actors.megatron.micro_batch import PackedMicroBatch
     from actors.megatron.optimizer import Training
+    from actors.weights.transport import Transport
 
     # From the logprobs [T] of a micro batch: its share of the loss of the global batch, and its share of metrics.
     Loss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -39,12 +43,14 @@ class Policy(MegatronRank):
                 options=config.megatron,
             )
             from actors.megatron.lora import add_adapter
+            from actors.megatron.offload import Offload
             from actors.megatron.optimizer import prepare_training
 
             if config.tuner_type == "lora":
                 add_adapter(self.model, config)
             self.training = prepare_training(self.model, config, self.optimizer_options, self.ddp_options)
             self.module = self.training.module
+            self.optimizer_state = Offload(self.platform)
             self.step = 0
             if config.train_iters is not None and config.num_train_epochs is None:
                 self.schedule(config.train_iters)
@@ -62,11 +68,12 @@ class Policy(MegatronRank):
         """One optimizer step on the shards of all data ranks; `old` and `ref` are results of `logprobs`.
 
         Metrics are the same on every rank that returns some: those of `loss` (sums over micro batches and data ranks; names
-        that start with max_ are maxima), loss, grad_norm, lr, and where there are rollout logprobs their mean and maximal
-        difference from the policy's. Raises FloatingPointError when the loss or the gradient norm is not finite.
+        that start with max_ are maxima), loss, grad_norm, lr, where there are rollout logprobs their mean and maximal difference
+        from the policy's, and on GPUs the most memory in use on any since the last step. Raises FloatingPointError when the
+        loss or the gradient norm is not finite.
         """
         from actors.megatron.forward_backward import run_micro_batches
-        from actors.megatron.metrics import reduce_metrics, rollout_difference
+        from actors.megatron.metrics import largest_of_ranks, reduce_metrics, rollout_difference
         from actors.megatron.micro_batch import fetch_logprobs, fetch_sources, pack_micro_batches
         from actors.megatron.parallel import returns_results
 
@@ -91,11 +98,18 @@ class Policy(MegatronRank):
             self.step += 1
             metrics = reduce_metrics(by_micro_batch) if by_micro_batch else {}
             metrics |= {"grad_norm": grad_norm, "lr": lr}
+            if (peak := peak_gib()) is not None:
+                metrics["max_gpu_gib_train"] = largest_of_ranks(peak, self.platform.device)
             broken = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
             if broken:
                 values = ", ".join(f"{name} {metrics[name]}" for name in broken)
                 raise FloatingPointError(f"optimizer step {self.step}, policy rank {self.rank}: {values}")
             return metrics if returns_results() else None
+
+    @cached_property
+    def transport(self) -> Transport:
+        """How weights get to this rank's engines: kept, since it may hold a group of processes."""
+        return self.platform.transport(shared_device=self.config.vllm_mode == "colocate")
 
     def push_weights(self, engines: dict[int, ActorHandle], version: int) -> PushReport | None:
         """Send all weights, the adapter merged in, as `version` to this rank's rollout engines {index: actor}.
@@ -108,13 +122,25 @@ class Policy(MegatronRank):
         with self.progress.doing(f"push_weights {version}"), adapter_merged(self.model):
             tensors = self.model.export_weights()
             if engines:
-                transport = self.platform.transport(shared_device=self.config.vllm_mode == "colocate")
-                report = push_weights(tensors, engines, version, timeout=self.config.push_timeout, transport=transport)
-                self.platform.release_memory()
-                return report
+                timeout = self.config.push_timeout
+                report = push_weights(tensors, engines, version, timeout=timeout, transport=self.transport)
+                return replace(report, gpu_gib=peak_gib())
             for _ in tensors:
                 pass
             return None
+
+    def leave_device(self, weights: bool) -> None:
+        """Make room for engines: gradients are dropped, the optimizer's state leaves with `offload_optimizer`."""
+        self.training.module.offload_grad_buffers(empty_cache=False)
+        if self.config.offload_optimizer:
+            self.optimizer_state.leave(self.training.state_tensors())
+        super().leave_device(weights)
+
+    def enter_device(self) -> None:
+        """Bring back what left; gradients are zero."""
+        super().enter_device()
+        self.optimizer_state.come_back()
+        self.training.module.restore_grad_buffers()
 
     def save(self, folder: str, step: int) -> None:
         """Write the model for transformers and vLLM into `folder`, and all that training needs to go on into `folder`/mcore."""

@@ -10,6 +10,7 @@ end it refuses to generate.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.device_memory import peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.step_thread import StepThread
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    from actors.weights.broadcast import Seat
 
 ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory and logging wins
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -57,13 +61,17 @@ class RolloutEngine:
     def __init__(self, config: Any, *, index: int, load_weights: bool = False, sleeps: bool = False):
         """`load_weights`: answer for version 0 with the model folder's weights; else the first push brings them.
 
-        `sleeps`: this engine shares its GPUs, and `sleep` will be called.
+        `sleeps`: this engine shares its GPUs: it sleeps when it is built, until it is woken.
         """
         self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
         self.progress = Progress()
         self.acknowledged: int | None = None  # the version this engine answers for
         self.held: list[tuple[int, Callable[[], None]]] = []  # (prompt index, add its request): wait for the others
         self.thread: StepThread | None = None
+
+    async def load_libraries(self) -> None:
+        """Import what takes long, while others use the GPU."""
+        await asyncio.to_thread(importlib.import_module, "vllm.v1.engine.llm_engine")
 
     async def setup(self) -> int:
         """Build the engine; the process id."""
@@ -77,14 +85,17 @@ class RolloutEngine:
         self.tokenizer = engine.get_tokenizer()
         self.recorded = all(await self.thread.call(lambda: engine.collective_rpc("record_logprobs")))
         self.acknowledged = 0 if self.load_weights else None
+        if self.sleeps:
+            await self.sleep()
         return os.getpid()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back: weights and KV cache are dropped."""
+        """Give the GPU's memory back: weights and KV cache are dropped. Unfinished requests fail; nothing if asleep."""
 
         def sleep() -> None:
-            self.acknowledged = None
-            self.thread.engine.sleep(level=2)
+            self._stop("the engine was put to sleep")
+            if not self.thread.engine.is_sleeping():
+                self.thread.engine.sleep(level=2)
 
         await self.thread.call(sleep)
 
@@ -137,11 +148,14 @@ class RolloutEngine:
 
         def begin() -> None:
             self.ledger.begin(version)
-            self.acknowledged = None
-            self.thread.abort(PushError(f"aborted by the push of version {version}"))
+            self._stop(f"version {version} was pushed")
             self.thread.engine.collective_rpc("begin_weights")
 
         await self.thread.call(begin)
+
+    async def join_push(self, seat: Seat) -> None:
+        """Join the group that buckets will be broadcast in, instead of the one joined before."""
+        await seat.take()
 
     async def receive_bucket(self, bucket: Bucket) -> None:
         """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
@@ -177,11 +191,20 @@ class RolloutEngine:
 
         return await self.thread.call(finish)
 
+    async def peak_gib(self) -> float | None:
+        """See `device_memory.peak_gib`."""
+        return await self.thread.call(peak_gib)
+
     async def report(self) -> str:
         """What the engine is doing now."""
         holds = "no complete weights" if self.acknowledged is None else f"version {self.acknowledged}"
         pending = 0 if self.thread is None else self.thread.num_pending
         return f"{self.progress.report()}; {holds}, {pending} prompts pending, pid {os.getpid()}"
+
+    def _stop(self, reason: str) -> None:
+        """In the thread: answer for no version, and drop every request."""
+        self.acknowledged = None
+        self.thread.abort(PushError(f"request dropped: {reason}"))
 
     def _require(self, version: int) -> None:
         if version != self.acknowledged:
@@ -263,7 +286,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "max_num_seqs": config.vllm_max_num_seqs,
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        "gpu_memory_utilization": config.vllm_gpu_memory_utilization or 0.9,  # None where no GPU is shared
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
         "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
         "disable_log_stats": True,

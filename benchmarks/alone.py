@@ -6,6 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
+from actors.frozen import Frozen
 from actors.policy import Policy
 
 
@@ -41,6 +42,14 @@ class PolicyAlone(Policy):
         self.training.update()
         torch.cuda.synchronize()
         return middle - start, time.monotonic() - middle
+
+
+class WeightsAlone(Policy):
+    """A Megatron rank that only holds weights and pushes them: for models whose optimizer needs more GPUs."""
+
+    setup = Frozen.setup
+    leave_device = Frozen.leave_device
+    enter_device = Frozen.enter_device
 
 
 class EngineAlone:

@@ -3,6 +3,7 @@
 The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. Floors, each in a
 process that has the GPU to itself: vLLM driven by `LLM.generate(logprobs=0)`, as others do, and in-process without logprobs, its
 fastest way; Megatron's forward, backward and optimizer step on batches of the same sizes; a device copy of the weights.
+"turns" is generation and push alone, with a policy that has no optimizer.
 
 usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,default,fast,megatron,copy] [--out result.json]
                    [-- further options of the run]
@@ -26,11 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ |= {"RAY_ADDRESS": "local", "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"}
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
-from alone import EngineAlone, PolicyAlone, random_shards  # noqa: E402
+from alone import EngineAlone, PolicyAlone, WeightsAlone, random_shards  # noqa: E402
 from shapes import VOCABULARY, make_model, make_prompts  # noqa: E402
 
 PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
-PARTS = ("run", "default", "fast", "megatron", "copy")
+PARTS = ("run", "default", "fast", "megatron", "copy")  # "turns" is for shapes whose optimizer state does not fit
 
 
 def main() -> None:
@@ -142,6 +143,43 @@ def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]
     arrays = [np.array(ids, np.int32) for ids in prompts()]
     policy.scatter("take", random_shards(arrays, RESPONSES, arguments.tokens, VOCABULARY, config, 1))
     return [policy.broadcast("alone", 0.0)[0] for _ in range(1 + arguments.steps)][1:]
+
+
+def measure_turns(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of generation, push and switch, several times; with the memory in use."""
+    import numpy as np
+    import ray
+
+    from actors.group import RankGroup
+    from actors.rollout import ENVIRONMENT, RolloutEngine
+    from rlhf.options import load_config
+    from rlhf.records import Prompt
+    from rlhf.rollout import RolloutEngines
+
+    words = options(arguments) + ["--tuner_type", "lora", "--offload_optimizer", "false"]  # no optimizer state is planned for
+    config = load_config(words)
+    ray.init(include_dashboard=False, logging_level="ERROR")
+    kind = ray.remote(concurrency_groups={"report": 1})(WeightsAlone).options(num_gpus=0.5)
+    policy = RankGroup("policy", [kind.remote(config, rank=0, world_size=1)], timeout=600)
+
+    def spawn(index: int) -> Any:
+        engine = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_gpus=0.5, runtime_env={"env_vars": ENVIRONMENT})
+        return engine.remote(config, index=index, sleeps=True)
+
+    rollout = RolloutEngines(spawn, num_engines=1, config=config, neighbours=[policy])
+    policy.setup()
+    rollout.setup()
+    rollout.take_seconds()
+    asked = [
+        Prompt(index=index, token_ids=np.array(ids, np.int32), messages=[], columns={}) for index, ids in enumerate(prompts())
+    ]
+    turns = []
+    for _ in range(1 + arguments.steps):
+        rollout.push(policy)
+        tokens = sum(sum(group.response_lengths) for group in rollout.generate(asked, n=RESPONSES))
+        rollout.make_room(policy)
+        turns.append(rollout.take_seconds() | rollout.metrics() | {"response_tokens": tokens})
+    return turns
 
 
 def measure_copy(arguments: argparse.Namespace) -> float:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.metrics import file_offsets
 
 if TYPE_CHECKING:
-    from actors.group import ActorGroup
+    from actors.group import RankGroup
     from rlhf.config import Config
 
 COMPLETE = re.compile(r"checkpoint-(\d+)")
@@ -103,7 +103,7 @@ class Checkpoints:
         """Clears what a killed run left."""
         self.folder, self.config = folder, config
         self._saved_step = 0
-        self._latest: tuple[int, ActorGroup, Mapping[str, Any]] | None = None
+        self._latest: tuple[int, RankGroup, Mapping[str, Any]] | None = None
         for leftover in folder.iterdir():
             if LEFTOVER.fullmatch(leftover.name):
                 shutil.rmtree(leftover)
@@ -149,7 +149,7 @@ class Checkpoints:
         offsets = saved["offsets"] if same_run else {}
         return Checkpoint(step=saved["step"], folder=folder, state=saved["state"], offsets=offsets)
 
-    def save_if_due(self, step: int, policy: ActorGroup, state: Mapping[str, Any]) -> Path | None:
+    def save_if_due(self, step: int, policy: RankGroup, state: Mapping[str, Any]) -> Path | None:
         """Save when a multiple of `save_steps` was reached or passed since the last save; `step`: finished steps."""
         self._latest = (step, policy, state)
         if step // self.config.save_steps > self._saved_step // self.config.save_steps:
@@ -162,13 +162,13 @@ class Checkpoints:
             return None
         return self.save(*self._latest)
 
-    def save(self, step: int, policy: ActorGroup, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, policy: RankGroup, state: Mapping[str, Any]) -> Path:
         """Write `checkpoint-{step}` and delete the oldest beyond `save_total_limit`; `state` must be JSON."""
         final = self.folder / f"checkpoint-{step}"
         writing = final.with_name(final.name + ".writing")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
-        policy.broadcast("save", str(writing), step)
+        policy.on_all("save", str(writing), step)
         if not any(writing.iterdir()):
             raise ValueError(f"the policy saved, but {writing} is empty: output_dir must be on a shared file system")
         controller = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from actors.rollout import RolloutEngine
 from rlhf.config import Config
 from rlhf.counts import needs_reference
 from rlhf.data import DataFailure, PromptStream, RowStream
+from rlhf.devices import find_devices
+from rlhf.fit import fit
+from rlhf.memory import GIB, phases, shapes
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
@@ -67,10 +71,12 @@ class Cluster:
         self.placement: PlacementGroup | None = None
         self.bundles: list[int] = []  # of the placement group, those of a node one after another
         self.scorer: Scorer | None = None
+        self.predicted: dict[str, float] = {}  # peak of each phase on the fullest GPU, as metrics
 
     def __enter__(self) -> Cluster:
         self._connect()
         self._reserve()
+        self._fit()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,15 +101,13 @@ class Cluster:
             if needs_reference(config):
                 ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
                 reference = RankGroup("reference", ranks, timeout=config.call_timeout)
-            if not self._shares_gpus:
-                rollout = RolloutEngines(self._engine, num_engines=self.num_engines, config=config)
+            rollout = self._rollout([ranks for ranks in (policy, reference) if ranks is not None])
         policy.setup()
         if reference is not None:
             reference.setup()
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
         if scorer is not None:
-            rollout = rollout or self._sharing_rollout([ranks for ranks in (policy, reference) if ranks is not None])
             rollout.setup()
             scorer.wait_until_ready()
         stream = RowStream if config.task == "sft" else PromptStream
@@ -154,23 +158,37 @@ class Cluster:
             )
         self.bundles = by_node(placement_group_table(self.placement)["bundles_to_node_id"])
 
+    def _fit(self) -> None:
+        """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""
+        gpu_memory = None
+        if "GPU" in self.placement.bundle_specs[0]:
+            look = ray.remote(find_devices).options(**self._on_bundle(0))
+            gpu_memory = self._answer(look.remote(), "looking for the GPUs' memory").memory
+        models = shapes(self.config)
+        self.config = fit(self.config, *models, gpu_memory)
+        if gpu_memory is not None:
+            predicted = phases(self.config, *models, gpu_memory)
+            self.predicted = {f"predicted_gpu_gib_{phase}": size / GIB for phase, size in predicted.items()}
+
     @property
     def _shares_gpus(self) -> bool:
         """Engines and policy use the same GPUs by turns."""
         return not self._server_mode and "GPU" in self.placement.bundle_specs[0]
 
-    def _sharing_rollout(self, neighbours: list[RankGroup]) -> RolloutEngines:
-        """Engines on the GPUs of ranks that are set up: vLLM measures what they left."""
+    def _rollout(self, ranks: list[RankGroup]) -> RolloutEngines:
+        """The engines; where they share GPUs with `ranks`, each rank pushes to those on its own GPU."""
+        if not self._shares_gpus:
+            return RolloutEngines(self._engine, num_engines=self.num_engines, config=self.config)
         width = self.config.vllm_tensor_parallel_size
         rollout = RolloutEngines(
             self._engine,
             num_engines=self.num_engines,
             config=self.config,
             sender_of=lambda index: index * width,
-            neighbours=neighbours,
+            neighbours=ranks,
         )
-        for ranks in neighbours:
-            ranks.before_work = rollout.sleep
+        for group in ranks:
+            group.before_work = partial(rollout.make_room, group)
         return rollout
 
     @property

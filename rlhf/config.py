@@ -243,7 +243,15 @@ class SamplingOptions:
     repetition_penalty: float = rlhf(1.0, "of sampling", above=0)
     stop_words: list[str] = rlhf([], "strings that end a response")
     vllm_mode: Literal["colocate", "server"] = rlhf("colocate", "share the policy's devices, or have their own")
-    vllm_gpu_memory_utilization: float = rlhf(0.9, "share of a device's memory for an engine", above=0, most=1)
+    vllm_gpu_memory_utilization: float | None = rlhf(
+        None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
+    )
+    offload_model: bool | None = rlhf(
+        None, "weights of policy and reference wait in host memory while engines generate on their GPUs (default: as needed)"
+    )
+    offload_optimizer: bool | None = rlhf(
+        None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
+    )
     vllm_tensor_parallel_size: int = rlhf(1, "devices of one engine", least=1)
     vllm_max_model_len: int | None = rlhf(
         None, "longest prompt + response, in tokens (default: the two limits together)", least=1

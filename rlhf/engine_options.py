@@ -34,7 +34,10 @@ OWNED = frozenset(
 
 # Of vLLM's engine arguments what the push, the logprobs and the turns on a GPU rely on.
 OWNED_OF_VLLM = frozenset(
-    "model load_format tensor_parallel_size logprobs_mode worker_extension_cls enable_sleep_mode speculative_config".split()
+    """
+    model load_format tensor_parallel_size logprobs_mode worker_extension_cls enable_sleep_mode speculative_config
+    gpu_memory_utilization
+    """.split()
 )
 
 

@@ -101,11 +101,14 @@ class Generation:
             )
 
     def _recover(self, lost: Call, error: RayActorError) -> None:
-        prompts = [prompt for call in self.calls.values() if call.engine is lost.engine for prompt in call.prompts]
-        self.calls = {ref: call for ref, call in self.calls.items() if call.engine is not lost.engine}
+        """A new engine, and the lost requests again: on shared GPUs all, since every engine sleeps until the new one is there."""
+        indices = range(len(self.owner.engines)) if self.owner.neighbours else [lost.index]
+        prompts = [prompt for call in self.calls.values() if call.index in indices for prompt in call.prompts]
+        self.calls = {ref: call for ref, call in self.calls.items() if call.index not in indices}
         self.owner.replace(lost.index, str(lost), error)
         if self.owner.config.deterministic:
-            self._submit_share(lost.index)
+            for index in indices:
+                self._submit_share(index)
         else:
             self.waiting.extendleft(reversed(prompts))
 

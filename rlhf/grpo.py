@@ -1,4 +1,4 @@
-"""GRPO: sample, score, advantages, pack, logprobs, update, push weights, log, save."""
+"""GRPO: push weights, sample, score, advantages, pack, logprobs, update, log, save."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
     policy, rollout = roles.policy, roles.rollout
     loss = grpo_loss_of(config)
     updates = config.steps_per_generation * config.num_iterations
-    rollout.push(policy)
     for step in range(start, total, updates):
+        rollout.push(policy)
         scored = sample(config, roles, step)
         groups = [group for group, _ in scored]
         reference = reference_logprobs(config, roles, groups)
@@ -50,10 +50,9 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
             for _ in range(config.num_iterations)
             for shards in batches
         ]
-        rollout.push(policy)
         step += updates
-        state = {"weight_version": groups[0].weight_version, "engine_restarts": rollout.restarts, "epoch": roles.data.epoch}
-        log.step(step, group_metrics(scored) | {"kl": None} | over_updates(results) | state, scored)
+        metrics = group_metrics(scored) | {"kl": None} | over_updates(results) | rollout.metrics()
+        log.step(step, metrics | {"epoch": roles.data.epoch}, scored)
         checkpoints.save_if_due(step, policy, roles.data.state() | {"weight_version": rollout.version})
 
 

@@ -1,18 +1,29 @@
-"""What a rank and an engine hold, in bytes: an estimate made from config.json alone.
+"""What a rank, an engine and a shared GPU hold, in bytes: an estimate made from config.json alone.
 
 Weights, gradients, optimizer state and KV cache are counted; activations are estimated from the tensors that the
-backward pass keeps in Megatron's Transformer Engine layers. Libraries and fragmentation come on top.
+backward pass keeps in Megatron's Transformer Engine layers. A process of its own has a context besides: constants below.
+
+On GPUs policy, reference and engine take turns. A step has three phases: "train" (logprobs and updates; the engine sleeps),
+"push" (weights of policy and engine side by side, no gradients, no KV cache) and "generate" (the engine has its share of the
+GPU, the policy what it does not offload).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, rollout_engines
-from rlhf.model_folder import ModelShape
+from rlhf.counts import data_ranks, needs_reference, rollout_engines
+from rlhf.model_folder import ModelShape, read_shape
 
+GIB = 2**30
+ACTIVATIONS = "activations of"
 BYTES = {"float32": 4, "bfloat16": 2}
+RANK_CONTEXT = 2 * GIB  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
+ENGINE_RESIDUE = 3 * GIB  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
+ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
+PUSH_BUFFERS = 3 * 256 * 2**20  # buckets of one push: packed, on its way, being loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +63,26 @@ def reference_memory(config: Config, shape: ModelShape) -> Memory:
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     tokens, size = micro_batch_tokens(config), BYTES[config.torch_dtype]
+    logits = _columns(shape, tensor) * (size + 4 if size < 4 else 4)  # and their float32 copy
     return Memory(
         weights=shape.rank_parameters(tensor, pipeline) * size,
-        activations=tokens * (_layer_values(shape, tensor, split=False) * size + _logit_bytes(shape, tensor, size)),
+        activations=tokens * max(_layer_values(shape, tensor, split=False) * size, logits),
     )
 
 
 def engine_memory(config: Config, shape: ModelShape) -> Memory:
     """One device of a vLLM engine; its KV cache holds all responses that it decodes at a time, each at its longest."""
-    tensor, size = config.vllm_tensor_parallel_size, BYTES[config.torch_dtype]
-    kv_heads = max(shape.num_kv_heads // tensor, 1)
-    per_token = 2 * shape.num_layers * kv_heads * shape.head_dim * size
     return Memory(
-        weights=shape.num_parameters() // tensor * size,
-        kv_cache=responses_at_a_time(config) * longest_sequence(config) * per_token,
+        weights=shape.num_parameters() // config.vllm_tensor_parallel_size * BYTES[config.torch_dtype],
+        kv_cache=responses_at_a_time(config) * sequence_cache(config, shape),
     )
+
+
+def sequence_cache(config: Config, shape: ModelShape) -> int:
+    """Bytes of KV cache that the longest sequence takes on one device of an engine."""
+    kv_heads = max(shape.num_kv_heads // config.vllm_tensor_parallel_size, 1)
+    per_token = 2 * shape.num_layers * kv_heads * shape.head_dim * BYTES[config.torch_dtype]
+    return longest_sequence(config) * per_token
 
 
 def responses_at_a_time(config: Config) -> int:
@@ -89,23 +105,27 @@ def micro_batch_tokens(config: Config) -> int:
 
 
 def activation_bytes(config: Config, shape: ModelShape) -> int:
-    """What the backward pass keeps on the fullest stage.
+    """The most that a training step needs besides weights, gradients and optimizer state, on the fullest stage.
 
-    The first stage holds up to PP micro batches, the last one micro batch and its logits.
+    Each layer keeps what `_layer_values` counts for the backward pass, or its input alone where it is recomputed. The first
+    stage holds up to PP micro batches; the last one holds one, and at the loss its logits (`_loss_bytes`). What is recomputed
+    exists after the logits are gone. The gradients of one layer's activations are not counted.
     """
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     size, layers = BYTES[config.torch_dtype], shape.num_layers // pipeline
     whole = _layer_values(shape, tensor, split=config.sequence_parallel)
     entry = shape.hidden_size // (tensor if config.sequence_parallel else 1)
     unit = config.recompute_num_layers or 1
-    if config.recompute_granularity != "full":
-        kept = layers * whole
-    elif config.recompute_method == "uniform":
-        kept = -(-layers // unit) * entry + unit * whole
-    else:
-        kept = unit * entry + (layers - unit + 1) * whole
-    first = kept * size * min(pipeline, _micro_batches(config))
-    last = kept * size + _logit_bytes(shape, tensor, size)
+    kept, again = layers * whole, 0  # numbers a token: until the backward pass; in it, recomputed
+    if config.recompute_granularity == "full" and config.recompute_method == "uniform":
+        kept, again = -(-layers // unit) * entry, unit * whole
+    elif config.recompute_granularity == "full":
+        kept, again = unit * entry + (layers - unit) * whole, whole
+    elif config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+        again = entry + 3 * shape.ffn_size // tensor
+        kept -= layers * again
+    first = kept * size * min(pipeline, _micro_batches(config)) + again * size
+    last = kept * size + _columns(shape, tensor) * _loss_bytes(config)
     return micro_batch_tokens(config) * max(first, last)
 
 
@@ -117,14 +137,86 @@ def _micro_batches(config: Config) -> int:
 def _layer_values(shape: ModelShape, tensor_size: int, *, split: bool) -> int:
     """Numbers a token that one layer keeps.
 
-    The two norms' inputs and outputs (`split` over TP under sequence parallelism); queries, keys and values before and
-    after rotation, the attention's output, both halves of the MLP and their product.
+    The two norms' inputs and outputs (`split` over TP under sequence parallelism); queries, keys and values as one tensor,
+    queries and keys after rotation, the same again before their norm in a model that has one; the attention's output, both
+    halves of the MLP and their product.
     """
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 4 * shape.hidden_size // (tensor_size if split else 1)
-    return norms + (2 * (heads + kv_heads) + kv_heads + heads + 3 * shape.ffn_size) // tensor_size
+    queries_and_keys = (3 if shape.qk_norm else 2) * (heads + kv_heads)
+    return norms + (queries_and_keys + kv_heads + heads + 3 * shape.ffn_size) // tensor_size
 
 
-def _logit_bytes(shape: ModelShape, tensor_size: int, size: int) -> int:
-    """Bytes a token: logits and their gradient, and a float32 softmax."""
-    return -(-shape.vocab_size // tensor_size) * (2 * size + 4)
+def _loss_bytes(config: Config) -> int:
+    """Bytes of one logit at the loss, at their peak in the backward pass.
+
+    Megatron hands out float32 logits (made from its own, in the model's dtype); softmax and its gradient are written over them,
+    fused or not. A temperature's gradient is a second float32 tensor.
+    """
+    return 6 if config.task == "sft" or config.temperature == 1 else 8
+
+
+def _columns(shape: ModelShape, tensor_size: int) -> int:
+    """Columns of the logits on one tensor rank."""
+    return -(-shape.vocab_size // tensor_size)
+
+
+def shares_gpus(config: Config) -> bool:
+    """Whether the engines of a run on GPUs use the policy's by turns."""
+    return config.task == "rlhf" and config.vllm_mode == "colocate"
+
+
+def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
+    """The policy's, and the frozen reference's (None without one), of a config whose models are local folders."""
+    shape = read_shape(Path(config.model))
+    if not needs_reference(config):
+        return shape, None
+    return shape, read_shape(Path(config.reference.model)) if config.reference.model else shape
+
+
+def phases(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
+    """Predicted peak of each phase on the fullest GPU, in bytes: of a config that `rlhf.fit` has completed."""
+    return {phase: sum(held.values()) for phase, held in holdings(config, shape, reference_shape, gpu_memory).items()}
+
+
+def holdings(
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+) -> dict[str, dict[str, int]]:
+    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a reference rank and an engine, where they share one.
+
+    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. sft has "train" alone.
+    """
+    policy = policy_memory(config, shape)
+    reference = reference_memory(config, reference_shape) if reference_shape else None
+    ranks = {
+        "contexts": RANK_CONTEXT * (2 if reference else 1),
+        "policy weights": policy.weights,
+        "optimizer state": policy.optimizer,
+    }
+    if reference:
+        ranks["reference weights"] = reference.weights
+    gradients = {"gradients": policy.gradients}
+    work = max(policy.activations, reference.activations if reference else 0)
+    activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
+    train = ranks | gradients | activations
+    if config.task == "sft":
+        return {"train": train}
+    largest = max(shape.vocab_size, shape.ffn_size) * shape.hidden_size * BYTES[config.torch_dtype]
+    buffers = {"push buffers": PUSH_BUFFERS + largest}
+    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
+    if not shares_gpus(config):
+        return {"train": train, "push": ranks | gradients | buffers, "generate": engine}
+    asleep = {"sleeping engine": ENGINE_RESIDUE}
+    optimizer = {"optimizer state"} if config.offload_optimizer else set()
+    reference_weights = {"reference weights"} if config.offload_model else set()
+    policy_weights = {"policy weights"} if config.offload_model else set()
+    loaded = {"engine weights": engine_memory(config, shape).weights}
+    return {
+        "train": train | asleep,
+        "push": _without(ranks, optimizer | reference_weights) | asleep | loaded | buffers,
+        "generate": _without(ranks, optimizer | reference_weights | policy_weights) | engine,
+    }
+
+
+def _without(held: dict[str, int], names: set[str]) -> dict[str, int]:
+    return {name: size for name, size in held.items() if name not in names}

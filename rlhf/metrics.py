@@ -57,14 +57,16 @@ class RunLog:
         *,
         total_steps: int,
         timers: Sequence[Timer] = (),
+        constants: Mapping[str, float] | None = None,
         resume: Checkpoint | None = None,
     ):
-        """Make it just before the first step: the first step's seconds count from here.
+        """Make it just before the first step: the first step's seconds count from here. `constants` are metrics of every step.
 
         Raises ValueError for a reporter that is unknown or not installed.
         """
         check_reporters(config.report_to)
         self.folder, self.config, self.total_steps, self.timers = folder, config, total_steps, timers
+        self.constants = dict(constants or {})
         cut_back(folder, resume.offsets if resume else {})
         self._last_step = resume.step if resume else 0
         self._followed = _sampled_prompts(folder / SAMPLES)
@@ -83,7 +85,7 @@ class RunLog:
         Adds `seconds` {phase: seconds} from the timers, `step` among them, and `tokens_per_second` from the metric
         `response_tokens` or `tokens`.
         """
-        row: dict[str, Any] = {"step": step, **metrics}
+        row: dict[str, Any] = {"step": step, **metrics, **self.constants}
         row["seconds"] = self._take_seconds() | row.get("seconds", {})
         tokens = row.get("response_tokens", row.get("tokens"))
         if tokens is not None and "tokens_per_second" not in row:

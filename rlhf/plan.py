@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, total_steps
+from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, total_steps
 from rlhf.devices import Devices, find_devices
+from rlhf.fit import complete, note, refusal
 from rlhf.memory import (
     Memory,
     engine_memory,
     longest_sequence,
     micro_batch_tokens,
+    phases,
     policy_memory,
     reference_memory,
     responses_at_a_time,
+    shapes,
 )
-from rlhf.model_folder import ModelShape, read_shape
+from rlhf.model_folder import ModelShape
 
 GIB = 2**30
 
@@ -44,7 +47,9 @@ class Plan:
     steps: int | None  # None: the dataset's rows are not known
     rows: int | None
     roles: tuple[Role, ...]
-    needed: int  # bytes on one node without GPUs, on the fullest GPU otherwise
+    peaks: dict[str, int]  # bytes: of each phase on the fullest GPU; without GPUs {"node": on one node}
+    notes: tuple[str, ...] = ()  # what memory decided
+    refusal: str | None = None  # why this would not be run
     devices: Devices
 
 
@@ -57,14 +62,15 @@ def print_plan(config: Config) -> int:
 
 def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
     """The arithmetic of a resolved config. `dataset_rows`: None when unknown."""
-    shape = read_shape(Path(config.model))
+    shape, reference_shape = shapes(config)
     copies = data_ranks(config)
-    roles = _roles(config, shape)
-    held = [(role, role.memory.total) for role in roles if role.memory]
+    roles = _roles(config, shape, reference_shape)
+    room = shape, reference_shape, devices.memory if devices.gpus else None
+    completed = complete(config, *room)
     if devices.gpus:
-        needed = max(total for _, total in held) if config.vllm_mode == "server" else sum(total for _, total in held)
+        peaks = phases(completed, *room)
     else:
-        needed = sum(role.count * total for role, total in held) // config.nnodes
+        peaks = {"node": sum(role.count * role.memory.total for role in roles if role.memory) // config.nnodes}
     known = config.num_train_epochs is None or (dataset_rows is not None and not config.packing)
     return Plan(
         parameters=shape.num_parameters(),
@@ -77,21 +83,22 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         steps=total_steps(config, dataset_rows) if known else None,
         rows=dataset_rows,
         roles=tuple(roles),
-        needed=needed,
+        peaks=peaks,
+        notes=tuple(filter(None, [note(config, completed, *room)])),
+        refusal=refusal(config, *room),
         devices=devices,
     )
 
 
-def _roles(config: Config, shape: ModelShape) -> list[Role]:
+def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> list[Role]:
     ranks = policy_ranks(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
     if config.task == "sft":
         return [*roles, Role(name="data", count=1, place="driver's node")]
-    if needs_reference(config):
-        own = read_shape(Path(config.reference.model)) if config.reference.model else shape
+    if reference_shape is not None:
         count = config.reference.nproc or ranks
         place = f"with the policy, {_bundles(0, min(count, ranks))}"
-        roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, own)))
+        roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, reference_shape)))
     engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
     shared = config.vllm_mode == "colocate"
     place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
@@ -192,10 +199,18 @@ def _memory_lines(config: Config, made: Plan) -> list[str]:
     if config.task == "rlhf":
         at_a_time, longest = responses_at_a_time(config), longest_sequence(config)
         notes.append(f"  kv_cache: {at_a_time} responses at a time, each of {longest:,} tokens")
-    place = "a GPU" if made.devices.gpus else "a node"
-    verdict = "" if made.needed <= made.devices.memory else ": too much"
-    total = f"  about {_gib(made.needed)} GiB on {place} of {_gib(made.devices.memory)}{verdict}"
-    return [head, *rows, *notes, f"{total} (libraries not counted)"]
+    return [head, *rows, *notes, *_peak_lines(made)]
+
+
+def _peak_lines(made: Plan) -> list[str]:
+    have = made.devices.memory
+    if not made.devices.gpus:
+        verdict = "" if made.peaks["node"] <= have else ": too much"
+        return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)"]
+    lines = [f"  {phase:<22}{_gib(size):>13}{'' if size <= have else '  too much'}" for phase, size in made.peaks.items()]
+    lines += [f"  {text}" for text in made.notes]
+    refused = ["", f"This would be refused: {made.refusal}"] if made.refusal else []
+    return ["", f"Predicted peak of the fullest GPU, GiB of {_gib(have)}", *lines, *refused]
 
 
 def _gib(size: int) -> str:

@@ -146,6 +146,7 @@ class PushReport:
     num_bytes: int
     num_buckets: int
     seconds: float
+    gpu_gib: float | None = None  # the most that was in use on the sender's GPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,9 +39,14 @@ class RolloutEngines:
         sender_of: Callable[[int], int] = lambda index: 0,
         neighbours: Sequence[ActorGroup] = (),
     ):
-        """`sender_of(index)`: the policy rank that pushes to an engine. `neighbours`: who uses the engines' GPUs by turns."""
+        """`sender_of(index)`: the policy rank that pushes to an engine.
+
+        `neighbours` use the engines' GPUs by turns: engines that have some sleep after their set-up. They are to be set up
+        before the engines' own `setup`, since vLLM measures what they left.
+        """
         self.spawn, self.config, self.sender_of, self.neighbours = spawn, config, sender_of, neighbours
-        self.asleep = False
+        self.asleep = bool(neighbours)
+        self.away: list[ActorGroup] = []  # neighbours that have left the GPUs
         self.version = 0  # of the last push
         self.policy: ActorGroup | None = None  # who pushed it
         self.last_push: PushReport | None = None
@@ -49,11 +54,17 @@ class RolloutEngines:
         self.stop_words = list(config.stop_words)  # strings and special tokens that end a response
         self.seconds: dict[str, float] = defaultdict(float)
         self.deaths = 0  # since the last completed group or push
-        self.engines = [spawn(index) for index in range(num_engines)]
-        self.starting = {index: engine.setup.remote() for index, engine in enumerate(self.engines)}
+        self.gpu_gib: float | None = None  # the most that was in use on an engine's GPU since the last push
+        self.engines: list[Any] = [None] * num_engines
+        self.starting: dict[int, ray.ObjectRef | None] = {}  # not ready: their set-up, None when it has not begun
+        for index in range(num_engines):
+            self._spawn(index)
 
     def setup(self) -> None:
         """Wait until every engine is built. RankFailure names one that died or is not ready in call_timeout."""
+        if self.starting and self.neighbours:
+            self._leave(weights=True)
+            self.starting = {index: self.engines[index].setup.remote() for index in self.starting}
         while self.starting:
             index, ref = next(iter(self.starting.items()))
             try:
@@ -61,31 +72,31 @@ class RolloutEngines:
             except RayActorError as error:
                 self._count_death(index, "setup", error)
                 self._respawn(index)
+                self.starting[index] = self.engines[index].setup.remote()
             else:
                 del self.starting[index]
 
     def push(self, policy: ActorGroup) -> PushReport:
         """Give every engine the policy's weights as the next version, verified."""
-        self.policy = policy
+        self.policy, self.gpu_gib = policy, None
         self.version += 1
-        self.setup()
-        if self.asleep:
-            for ranks in self.neighbours:
-                ranks.broadcast("release_memory")
-            self._switch(self._revive, "wake", "weights")
-        start = time.monotonic()
-        self.last_push = self._push_to(range(len(self.engines)))
-        self.seconds["push"] += time.monotonic() - start
-        if self.asleep:
-            self._switch(self.replace, "wake", "kv_cache")
-        self.asleep, self.deaths = False, 0
+        self._push_to_all()
+        self.deaths = 0
         return self.last_push
 
-    def sleep(self) -> None:
-        """Leave shared GPUs to training: weights and KV cache are gone until the next push. A dead engine is replaced then."""
+    def make_room(self, ranks: ActorGroup) -> None:
+        """Have `ranks` on the GPUs they share with engines, which sleep: weights and KV cache are gone until the next push.
+
+        An engine that died is replaced at that push.
+        """
+        start = time.monotonic()
         if self.neighbours and not self.asleep:
-            self._switch(lambda *_: None, "sleep")
+            self._ask("sleep")
             self.asleep = True
+        if ranks in self.away:
+            ranks.broadcast("enter_device")
+            self.away.remove(ranks)
+        self.seconds["switch"] += time.monotonic() - start
 
     def generate(
         self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None
@@ -100,25 +111,59 @@ class RolloutEngines:
         self.setup()
         try:
             yield from Generation(self, prompts, n, {"stop_words": self.stop_words} | dict(sampling or {})).groups()
+            peaks, _ = self._ask("peak_gib")
+            self.gpu_gib = max((gib for gib in [self.gpu_gib, *peaks] if gib is not None), default=None)
         finally:
             self.seconds["generate"] += time.monotonic() - start
 
+    def metrics(self) -> dict[str, Any]:
+        """What the log says of the engines: the version they answer for, how often one was replaced, memory in use on GPUs."""
+        gpus = {"max_gpu_gib_push": self.last_push.gpu_gib, "max_gpu_gib_generate": self.gpu_gib}
+        in_use = {name: gib for name, gib in gpus.items() if gib is not None}
+        return {"weight_version": self.version, "engine_restarts": self.restarts} | in_use
+
     def take_seconds(self) -> dict[str, float]:
-        """Seconds spent in "generate", "push" and "switch" (to sleep and back) since the last call of this."""
+        """Seconds spent in "generate", "push" and "switch" (of a GPU between its users) since the last call of this."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
 
     def replace(self, index: int, call: str, error: RayActorError) -> None:
-        """A new engine in the place of one that died during `call`, with the current weights."""
-        self._revive(index, call, error)
+        """A new engine in the place of one that died during `call`, with the current weights.
+
+        Where the policy has to come back to shared GPUs for that, the other engines sleep meanwhile: their requests are lost.
+        """
+        self._count_death(index, call, error)
+        self._respawn(index)
+        self.setup()
         if self.policy is not None:
-            self._push_to([index])
+            self._push_to_all() if self.neighbours else self._push_to([index])
 
     def reports(self) -> str:
         """One line an engine: what it is doing now."""
         return "\n".join(f"  rollout engine {index}: {self._report(index)}" for index in range(len(self.engines)))
 
-    def _push_to(self, indices: Sequence[int]) -> PushReport:
+    def _push_to_all(self) -> None:
+        """The policy's weights to every engine. On shared GPUs engines wake for it: weights first, then the KV cache."""
+        self.setup()
+        if self.neighbours:
+            self.make_room(self.policy)
+            self._leave(weights=False)
+            if not self._wake("weights"):
+                return self._push_to_all()
+        start = time.monotonic()
+        report = self._push_to(range(len(self.engines)))
+        self.seconds["push"] += time.monotonic() - start
+        if report is None:
+            return self._push_to_all()
+        if self.neighbours:
+            self._leave(weights=True)
+            if not self._wake("kv_cache"):
+                return self._push_to_all()
+            self.asleep = False
+        self.last_push = report
+
+    def _push_to(self, indices: Sequence[int]) -> PushReport | None:
+        """Dead engines are replaced; None when others lost their state with them."""
         shares: list[dict[int, Any]] = [{} for _ in self.policy.actors]
         for index in indices:
             shares[self.sender_of(index)][index] = self.engines[index]
@@ -127,39 +172,50 @@ class RolloutEngines:
                 "push_weights", shares, self.version, timeout=self.config.push_timeout + PUSH_GRACE
             )
         except (RayTaskError, RayActorError) as error:
-            if not self._replace_dead(error):
+            dead = [index for index in range(len(self.engines)) if self._is_dead(index)]
+            if not dead:
                 raise
-            return self._push_to(indices)
+            self._replace_dead(dict.fromkeys(dead, error), "push")
+            return None if self.neighbours else self._push_to(indices)
         sent = [report for report in reports if report is not None]
         for report in sent:
             if report.version != self.version:
                 raise RankFailure(f"a rollout engine holds version {report.version} after the push of {self.version}")
         return sent[0]
 
-    def _switch(self, on_death: Callable[[int, str, RayActorError], None], method: str, *arguments: Any) -> None:
-        """Put every engine to sleep, or wake it."""
+    def _leave(self, *, weights: bool) -> None:
+        """The neighbours leave their GPUs to the engines; `weights`: the policy's too, which a push needs there."""
         start = time.monotonic()
-        for index, ref in enumerate([getattr(engine, method).remote(*arguments) for engine in self.engines]):
-            try:
-                self._get(ref, index, method, self.config.call_timeout)
-            except RayActorError as error:
-                on_death(index, method, error)
+        for ranks in self.neighbours:
+            ranks.broadcast("leave_device", weights or ranks is not self.policy)
+        self.away = list(self.neighbours)
         self.seconds["switch"] += time.monotonic() - start
 
-    def _revive(self, index: int, call: str, error: RayActorError) -> None:
-        """A new engine in the place of a dead one, without weights."""
-        self._count_death(index, call, error)
-        self._respawn(index)
-        self.setup()
+    def _wake(self, tag: str) -> bool:
+        """Wake every engine. False when one had died: they have been replaced."""
+        start = time.monotonic()
+        _, dead = self._ask("wake", tag)
+        self.seconds["switch"] += time.monotonic() - start
+        self._replace_dead(dead, "wake")
+        return not dead
 
-    def _replace_dead(self, error: Exception) -> bool:
-        """After a push that failed: new engines for the dead ones; False when all are alive."""
-        dead = [index for index in range(len(self.engines)) if self._is_dead(index)]
-        for index in dead:
-            self._count_death(index, "push", error)
+    def _ask(self, method: str, *arguments: Any) -> tuple[list[Any], dict[int, RayActorError]]:
+        """The answers of the engines that are alive, and what happened to the others."""
+        answers, dead = [], {}
+        for index, ref in enumerate([getattr(engine, method).remote(*arguments) for engine in self.engines]):
+            try:
+                answers.append(self._get(ref, index, method, self.config.call_timeout))
+            except RayActorError as error:
+                dead[index] = error
+        return answers, dead
+
+    def _replace_dead(self, dead: Mapping[int, Exception], call: str) -> None:
+        """New engines for those that died during a push; on shared GPUs for all: the others are neither awake nor asleep."""
+        for index, error in dead.items():
+            self._count_death(index, call, error)
+        for index in range(len(self.engines)) if dead and self.neighbours else dead:
             self._respawn(index)
         self.setup()
-        return bool(dead)
 
     def _is_dead(self, index: int) -> bool:
         try:
@@ -172,8 +228,14 @@ class RolloutEngines:
 
     def _respawn(self, index: int) -> None:
         ray.kill(self.engines[index])  # if only its connection was lost: there must not be two
-        self.engines[index] = self.spawn(index)
-        self.starting[index] = self.engines[index].setup.remote()
+        self._spawn(index)
+
+    def _spawn(self, index: int) -> None:
+        """Start an engine's process, and its set-up too where it need not wait for the neighbours."""
+        engine = self.engines[index] = self.spawn(index)
+        if self.neighbours:
+            engine.load_libraries.remote()
+        self.starting[index] = None if self.neighbours else engine.setup.remote()
 
     def _count_death(self, index: int, call: str, error: Exception) -> None:
         self.restarts += 1

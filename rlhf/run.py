@@ -38,7 +38,7 @@ def run(config: Config) -> int:
     try:
         with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C (Ray has set a handler of its own)
-            train(config, cluster, folder, checkpoints, resumed)
+            train(cluster, folder, checkpoints, resumed)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error
@@ -52,13 +52,13 @@ def run(config: Config) -> int:
     return 0
 
 
-def train(config: Config, cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
+def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
     """Build the actors, restore what is resumed, run the task's loop."""
     from rlhf.grpo import train_grpo
     from rlhf.metrics import RunLog
     from rlhf.sft import train_sft
 
-    roles = cluster.build()
+    config, roles = cluster.config, cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
     if roles.scorer is not None:
@@ -74,10 +74,13 @@ def train(config: Config, cluster: Cluster, folder: Path, checkpoints: Checkpoin
                 f"{roles.data.num_rows}: resume with the same dataset, or start a new run with --model {resumed.folder}"
             )
         roles.data.position = resumed.state["position"]
-        roles.policy.broadcast("load", str(resumed.folder))
+        roles.policy.on_all("load", str(resumed.folder))
         if roles.rollout is not None:
-            roles.rollout.version = resumed.state["weight_version"] - 1  # the first push brings it back
-    with closing(RunLog(folder, config, total_steps=total, timers=roles.timers(), resume=resumed)) as log:
+            roles.rollout.version = resumed.state["weight_version"]
+    record = RunLog(
+        folder, config, total_steps=total, timers=roles.timers(), constants=cluster.predicted, resume=resumed
+    )
+    with closing(record) as log:
         loop = train_sft if config.task == "sft" else train_grpo
         loop(config, roles, log=log, checkpoints=checkpoints, start=start, total=total)
         checkpoints.save_last()

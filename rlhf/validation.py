@@ -195,6 +195,8 @@ def _check_grpo(config: Config) -> None:
 def _check_rollout(config: Config, shape: ModelShape) -> None:
     if config.vllm_tensor_parallel_size > 1:
         raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
+    if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
+        raise ValueError("offload_model and offload_optimizer are for vllm_mode colocate: in server mode no GPU is shared")
     limit = config.vllm_max_model_len or shape.max_length
     if limit and config.max_length and config.max_length >= limit:
         raise ValueError(

@@ -16,17 +16,17 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(*arguments: Any, log: Path) -> subprocess.Popen:
-    """Start `python rlhf/main.py ARGUMENTS`, its output in `log`."""
+def start(*arguments: Any, log: Path, address: str = "local") -> subprocess.Popen:
+    """Start `python rlhf/main.py ARGUMENTS` on a Ray of its own, or on the one at `address`; its output in `log`."""
     command = [sys.executable, str(ROOT / "rlhf" / "main.py"), *map(str, arguments)]
-    env = os.environ | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
     with open(log, "w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=log.parent)
 
 
-def run(*arguments: Any, log: Path, timeout: float = 300) -> tuple[int, str]:
+def run(*arguments: Any, log: Path, timeout: float = 300, address: str = "local") -> tuple[int, str]:
     """Run to the end: (exit status, output)."""
-    process = start(*arguments, log=log)
+    process = start(*arguments, log=log, address=address)
     try:
         return process.wait(timeout), log.read_text()
     finally:
@@ -50,10 +50,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def actors(driver: subprocess.Popen, kind: str) -> list[int]:
-    """Process ids of the driver's Ray actors of one class."""
+def actors(ray_owner: subprocess.Popen | psutil.Process, kind: str) -> list[int]:
+    """Process ids of the Ray actors of one class, below the process that started Ray."""
     found = []
-    for child in psutil.Process(driver.pid).children(recursive=True):
+    for child in psutil.Process(ray_owner.pid).children(recursive=True):
         try:
             if child.cmdline()[:1] and child.cmdline()[0].startswith(f"ray::{kind}"):
                 found.append(child.pid)

@@ -62,6 +62,8 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "call_timeout": 120.0,
         "push_timeout": 60.0,
         "deterministic": False,
+        "offload_model": False,
+        "offload_optimizer": False,
         "megatron": {},
         "reference": role,
     }
@@ -96,6 +98,17 @@ class PolicyHost:
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.held, method)(*args)
+
+    def bytes_held(self) -> dict[str, int]:
+        """Of the storages that weights, gradients and the optimizer's state are on."""
+        training = self.held.training
+        held = {
+            "weights": list(training.module.parameters()),
+            "gradients": [buffer.grad_data for buffer in training.module.buffers],
+            "optimizer": list(training.state_tensors()),
+        }
+        storages = {name: {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors} for name, tensors in held.items()}
+        return {name: sum(storage.nbytes() for storage in found.values()) for name, found in storages.items()}
 
 
 @dataclass
@@ -153,11 +166,11 @@ class Group:
         return results[0]
 
 
-def start_hosts(count: int) -> Hosts:
-    """`count` processes in the Ray that runs."""
+def start_hosts(count: int, *, gpus: float = 0) -> Hosts:
+    """`count` processes in the Ray that runs, each on so many GPUs."""
     import ray
 
-    kind = ray.remote(PolicyHost).options(num_cpus=1)
+    kind = ray.remote(PolicyHost).options(num_cpus=1, num_gpus=gpus)
     return Hosts(actors=[kind.remote() for _ in range(count)])
 
 

@@ -21,7 +21,7 @@ class Disk:
     def __init__(self, *, size: int = 4096, pause: float = 0.0):
         self.size, self.pause = size, pause
 
-    def broadcast(self, method: str, folder: str, step: int) -> None:
+    def on_all(self, method: str, folder: str, step: int) -> None:
         assert method == "save"
         (Path(folder) / "mcore").mkdir()
         for name in ("config.json", "model.safetensors", "mcore/rank0.distcp", "mcore/rank1.distcp"):
@@ -125,8 +125,8 @@ def test_only_the_newest_are_kept_and_never_fewer_than_the_limit(tmp_path):
     checkpoints = Checkpoints(run_folder(options), options)
 
     class Watched(Disk):
-        def broadcast(self, method: str, folder: str, step: int) -> None:
-            super().broadcast(method, folder, step)
+        def on_all(self, method: str, folder: str, step: int) -> None:
+            super().on_all(method, folder, step)
             complete = [name for name in names(tmp_path / "run") if "." not in name]
             assert len(complete) == min(2, step // 10 - 1)  # the old ones are still there while the new one is written
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_without_optimizer_is_refused_with_what_to_do_instead(tmp_p
 
 def test_a_policy_that_writes_where_this_node_cannot_see_is_an_error(tmp_path):
     class Elsewhere(Disk):
-        def broadcast(self, method: str, folder: str, step: int) -> None:
+        def on_all(self, method: str, folder: str, step: int) -> None:
             pass
 
     options = config(tmp_path)

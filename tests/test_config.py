@@ -38,7 +38,7 @@ MS_SWIFT = {
     "cosine_max_len_value_correct": 0.5, "cosine_max_len": None, "repetition_n_grams": 3,
     "repetition_max_penalty": -1.0, "soft_max_length": None, "soft_cache_length": None, "max_completion_length": 512,
     "temperature": 0.9, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "stop_words": [],
-    "vllm_gpu_memory_utilization": 0.9, "vllm_tensor_parallel_size": 1, "vllm_max_model_len": None,
+    "vllm_tensor_parallel_size": 1, "vllm_max_model_len": None,
     "vllm_max_num_seqs": None, "vllm_enforce_eager": False, "vllm_enable_prefix_caching": True, "output_dir": None,
     "save_steps": 500, "save_total_limit": None, "save_safetensors": True, "no_save_optim": False,
     "no_save_rng": False, "finetune": True, "logging_steps": 5, "report_to": ["tensorboard"],
@@ -51,6 +51,7 @@ OURS = {
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
+    "vllm_gpu_memory_utilization": None, "offload_model": None, "offload_optimizer": None,  # ms-swift: 0.9, False, False
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
         "--use_vllm true",
         "--sleep_level 2",
         "--moe_aux_loss_coeff 0.0",
-        "--offload_model false",
+        "--offload_bridge false",
         "--optimizer adam",
     ],
 )

@@ -21,7 +21,7 @@ def config(**options) -> Config:
 class StandIn:
     """Every role in one; `calls` is what was asked, in order."""
 
-    data_size, version, restarts, epoch = 1, 0, 0, 0.0
+    data_size, version, epoch = 1, 0, 0.0
 
     def __init__(self, rewards=(1.0, 0.0)):
         self.calls, self.rewards, self.prompts = [], rewards, 0
@@ -48,6 +48,9 @@ class StandIn:
     def push(self, policy):
         self.calls.append("push")
         self.version += 1
+
+    def metrics(self):
+        return {}
 
     def on_shards(self, method, shards, *_):
         self.calls.append(f"{method} {sum(len(b) for b in shards[0].micro_batches)}")
@@ -78,9 +81,8 @@ def run(total, **options) -> list[str]:
     return it.calls
 
 
-def test_one_step_is_sample_score_update_push_log_save():
-    step = ["prompts", "generate", "score", "train_step 4", "push", "log 1", "save 1"]
-    assert run(1) == ["push", *step]
+def test_one_step_is_push_sample_score_update_log_save():
+    assert run(1) == ["push", "prompts", "generate", "score", "train_step 4", "log 1", "save 1"]
 
 
 def test_a_reference_scores_before_the_update():
@@ -89,7 +91,7 @@ def test_a_reference_scores_before_the_update():
 
 def test_several_updates_share_a_generation_and_need_old_logprobs():
     calls = run(4, global_batch_size=2, steps_per_generation=2, num_iterations=2)
-    assert calls[4:] == ["logprobs", *["train_step 2"] * 4, "push", "log 4", "save 4"]
+    assert calls[4:] == ["logprobs", *["train_step 2"] * 4, "log 4", "save 4"]
 
 
 def test_kl_in_reward_without_a_reference_asks_for_no_logprobs():

@@ -114,11 +114,19 @@ def test_activations_follow_recompute_sequence_parallel_and_tokens(tmp_path):
     def activations(**options) -> int:
         return policy_memory(grpo(folder, max_length=1536, **options), shape).activations
 
-    # full recompute in units of 1: 28 layer inputs and one layer; then the logits, at 2 + 2 + 4 bytes
+    # at the loss each logit takes 16 bytes, without a temperature 8; a layer is all there, or its input alone
     layer = 4 * 3584 + 2 * (3584 + 512) + 512 + 3584 + 3 * 18944
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    assert activations(**full) == 2048 * ((28 * 3584 + layer) * 2 + 152064 * 8)
-    assert activations() == 2048 * (28 * layer * 2 + 152064 * 8)
+    uniform = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    block = uniform | {"recompute_method": "block"}
+    assert activations(**uniform) == 2048 * (28 * 3584 * 2 + 152064 * 16)
+    assert activations(**block) == 2048 * ((3584 + 27 * layer) * 2 + 152064 * 16)
+    assert activations() == 2048 * (28 * layer * 2 + 152064 * 16)
+    assert activations(temperature=1.0) == 2048 * (28 * layer * 2 + 152064 * 8)
+    without_mlp = layer - 3 * 18944 - 3584
+    assert activations(recompute_modules=["mlp"]) == 2048 * (28 * without_mlp * 2 + 152064 * 16)
+    # of two stages the first holds two micro batches of its 14 layers, the last holds one and the logits
+    assert activations(pipeline_model_parallel_size=2) == 2048 * (14 * layer * 2 + 152064 * 16)
+    assert activations(pipeline_model_parallel_size=2, temperature=1.0) == 2048 * 2 * 14 * layer * 2
     assert activations(micro_batch_size=2) == 2 * activations()
     assert activations(micro_batch_tokens=8192) == 4 * activations()
     split = activations(tensor_model_parallel_size=2)
@@ -176,8 +184,20 @@ def test_memory_of_a_node_is_the_sum_of_its_processes(tmp_path):
     folder = write_model(tmp_path, TINY)
     config, shape = grpo(folder, nproc_per_node=2), read_shape(folder)
     sizes = [policy_memory(config, shape), reference_memory(config, shape), engine_memory(config, shape)]
-    assert plan(config, dataset_rows=1, devices=CPU).needed == 2 * sum(size.total for size in sizes)
+    assert plan(config, dataset_rows=1, devices=CPU).peaks == {"node": 2 * sum(size.total for size in sizes)}
     assert sizes[1].weights == shape.num_parameters() * BYTES["float32"]
+
+
+def test_on_gpus_the_plan_shows_each_phase_and_what_would_be_refused(tmp_path):
+    config = grpo(write_model(tmp_path, QWEN25_7B), max_length=1024, beta=0.0)
+    small = Devices(gpus=1, gpu_name="NVIDIA H100", memory=80 * 2**30, cores=8)
+    text = render(config, plan(config, dataset_rows=1, devices=small))
+    assert "Predicted peak of the fullest GPU, GiB of 80.00\n  train                        142.83  too much\n" in text
+    assert "vllm_gpu_memory_utilization 0.77, offload_optimizer true: the policy keeps 16.2 GiB of each GPU's 80.0 GiB" in text
+    assert "\nThis would be refused: phase train needs about 142.8 GiB of a GPU's 80.0 GiB (optimizer state 85.1, " in text
+    fits = plan(config, dataset_rows=1, devices=replace(small, memory=160 * 2**30))
+    assert fits.refusal is None and "refused" not in render(config, fits)
+    assert list(plan(replace(config, task="sft"), dataset_rows=1, devices=small).peaks) == ["train"]
 
 
 def test_sft_has_no_rollout(tmp_path):

@@ -34,29 +34,32 @@ TOLERANCE = 1e-4  # of a logprob, nats
 class Sender:
     """Pushes a safetensors file through the real sending code; `tamper` names what is wrong with the push."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, group: bool = False):
+        """`group`: the bytes go over a process group instead of the object store."""
+        from actors.weights.broadcast import Broadcast
+        from actors.weights.transport import ObjectStore
+
         self.folder, self.tamper = folder, ""
+        self.transport = Broadcast("gloo") if group else ObjectStore()
+        send, self.transport.send = self.transport.send, lambda data: send(self.damaged(data))
+
+    def damaged(self, data):
+        import torch
+
+        words = data.clone().view(torch.int32)
+        if self.tamper == "flipped bit":
+            words[1000] ^= 1 << 20
+        if self.tamper == "swapped words":
+            words[[1000, 1001]] = words[[1001, 1000]]
+        return words.view(torch.uint8)
 
     def push(self, folder: Path, tamper: str = "") -> None:
         self.folder, self.tamper = folder, tamper
 
     def push_weights(self, engines: dict, version: int):
-        import torch
-
         from actors.weights.push import push_weights
-        from actors.weights.transport import ObjectStore
 
         weights, tamper = load_file(self.folder / "model.safetensors"), self.tamper
-
-        class Damaging(ObjectStore):
-            def send(self, data):
-                words = data.clone().view(torch.int32)
-                if tamper == "flipped bit":
-                    words[1000] ^= 1 << 20
-                if tamper == "swapped words":
-                    words[[1000, 1001]] = words[[1001, 1000]]
-                return super().send(words.view(torch.uint8))
-
         if tamper == "missing":
             del weights["model.norm.weight"]
         if tamper == "unknown":
@@ -65,10 +68,16 @@ class Sender:
             weights["model.norm.weight"][3] = float("nan")
         version -= {"repeated": 1, "stale": 2}.get(tamper, 0)
         # 100,000 bytes: several buckets, tensors larger than one, fused layers spread over two
-        return push_weights(weights.items(), engines, version, bucket_bytes=100_000, timeout=60, transport=Damaging())
+        return push_weights(weights.items(), engines, version, bucket_bytes=100_000, timeout=60, transport=self.transport)
 
-    def release_memory(self) -> None:
+    def group(self) -> str:
+        return self.transport.name
+
+    def leave_device(self, weights: bool) -> None:
         """Asked of those who share the engines' devices."""
+
+    def enter_device(self) -> None:
+        """Likewise."""
 
     def report(self) -> str:
         return "ready"
@@ -112,6 +121,12 @@ def started(local_ray, models) -> RolloutEngines:
 def policy(local_ray, models) -> ActorGroup:
     sender = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0).remote(models["b"])
     return ActorGroup("policy", [sender], timeout=60)
+
+
+@pytest.fixture(scope="module")
+def broadcaster(local_ray, models) -> ActorGroup:
+    kind = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0)
+    return ActorGroup("policy", [kind.remote(models["b"], group=True)], timeout=60)
 
 
 @pytest.fixture
@@ -188,7 +203,7 @@ def by_turns(engines, policy, monkeypatch) -> RolloutEngines:
 
 
 def test_engines_that_slept_answer_after_the_next_push_alone(by_turns, policy, models) -> None:
-    by_turns.sleep()
+    by_turns.make_room(policy)
     with pytest.raises(RuntimeError, match="has no complete push"):
         list(by_turns.generate(some_prompts(1), n=1))
     push(by_turns, policy, models["a"])
@@ -199,7 +214,7 @@ def test_engines_that_slept_answer_after_the_next_push_alone(by_turns, policy, m
 @pytest.mark.slow
 def test_an_engine_that_died_asleep_is_replaced_by_the_next_push(by_turns, policy, models) -> None:
     before = by_turns.restarts
-    by_turns.sleep()
+    by_turns.make_room(policy)
     ray.kill(by_turns.engines[0])
     push(by_turns, policy, models["a"])
     assert by_turns.restarts == before + 1
@@ -287,6 +302,36 @@ def test_a_wrong_push_is_refused_and_only_a_complete_one_heals(engines, policy, 
     assert report == engines.last_push and report.version == engines.version and report.num_tensors == 25
     assert engines.restarts == 0
     assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tamper", ["flipped bit", "missing"])
+def test_weights_go_over_a_group_that_lasts_until_a_push_fails(engines, broadcaster, models, tamper) -> None:
+    report = push(engines, broadcaster, models["a"])
+    assert report.num_tensors == 25 and report.num_buckets > 4
+    assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+    before = broadcaster.broadcast("group")
+    push(engines, broadcaster, models["b"])
+    assert broadcaster.broadcast("group") == before
+    assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+    with pytest.raises(RuntimeError, match=REFUSALS[tamper]):
+        push(engines, broadcaster, models["a"], tamper)
+    with pytest.raises(RuntimeError, match=f"asked for weight version {engines.version}"):
+        list(engines.generate(some_prompts(1), n=1))
+    push(engines, broadcaster, models["a"])
+    assert broadcaster.broadcast("group") != before
+    assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_an_engine_that_takes_a_dead_ones_place_is_in_the_next_group(engines, broadcaster, models) -> None:
+    push(engines, broadcaster, models["a"])
+    before, restarts = broadcaster.broadcast("group"), engines.restarts
+    ray.kill(engines.engines[1])
+    push(engines, broadcaster, models["b"])
+    assert engines.restarts == restarts + 1 and broadcaster.broadcast("group") != before
+    for index in (0, 1):
+        groups = list(one_of(engines, index).generate(some_prompts(8), n=2))
+        assert logprob_error(hugging_face(models["b"]), groups) <= TOLERANCE
 
 
 def test_what_the_prefix_cache_kept_of_old_weights_is_not_used(engines, policy, models) -> None:

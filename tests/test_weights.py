@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from actors.megatron.platform import Platform
+from actors.weights.broadcast import Broadcast
 from actors.weights.checkpoint_names import CheckpointTensors, checkpoint_dtype, checkpoint_tensors
 from actors.weights.checksum import BLOCK, checksum
 from actors.weights.ledger import PushError, PushLedger
 from actors.weights.push import push_weights
+from actors.weights.transport import CudaIpc, ObjectStore
 from rlhf.records import Bucket
 
 
@@ -167,3 +170,12 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name_and_the_stream_is_read_t
     with pytest.raises(PushError, match="'second' is not finite"):
         push_weights(stream, {}, 1)
     assert next(stream, None) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "shared", "kind"),
+    [("cuda", True, CudaIpc), ("cuda", False, Broadcast), ("cpu", True, ObjectStore), ("cpu", False, ObjectStore)],
+)
+def test_weights_reach_engines_by_what_both_devices_have(device: str, shared: bool, kind: type) -> None:
+    platform = Platform(device=torch.device(device), backend={"cuda": "nccl", "cpu": "gloo"}[device])
+    assert type(platform.transport(shared_device=shared)) is kind

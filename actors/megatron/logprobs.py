@@ -20,9 +20,10 @@ def next_token_logprobs(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    scores = logits[0].float()
+    scores = logits.float()
     if temperature != 1:
-        scores = scores.div_(temperature)
+        scores = scores.div_(temperature)  # before the row is taken: of a view, autograd would keep two more copies
+    scores = scores.squeeze(0)
     columns = scores.shape[-1]
     valid = vocab_size - parallel_state.get_tensor_model_parallel_rank() * columns
     if valid < columns:

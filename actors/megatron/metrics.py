@@ -47,6 +47,16 @@ def reduce_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, fl
     return result
 
 
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """The largest value that any rank gives, a collective of all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.item()
+
+
 def _combined(rows: torch.Tensor, is_maximum: torch.Tensor) -> torch.Tensor:
     """[n, metrics] -> [metrics]."""
     import torch

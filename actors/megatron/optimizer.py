@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,18 @@ class Training:
     optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
     scheduler: Any = None  # megatron.core.optimizer_param_scheduler.OptimizerParamScheduler
     has_state: bool = False  # the optimizer has moments: after the first update, or a load
+
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """What the optimizer holds beside the model: master weights and moments."""
+        import torch
+
+        weights = {weight.untyped_storage().data_ptr() for weight in self.module.parameters()}
+        for optimizer in self.optimizer.chained_optimizers:
+            masters = [master for group in optimizer.optimizer.param_groups for master in group["params"]]
+            moments = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+            for tensor in masters + moments:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
+                    yield tensor
 
     def zero_gradients(self) -> None:
         self.module.zero_grad_buffer()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from actors.weights.broadcast import Broadcast
 from actors.weights.transport import CudaIpc, ObjectStore, Transport
 
 if TYPE_CHECKING:
@@ -27,9 +29,23 @@ class Platform:
 
         torch.cuda.empty_cache()  # on a CPU this does nothing
 
+    def host_memory(self, size: int) -> torch.Tensor:
+        """uint8 [size] in host memory, page-locked where a GPU copies to and from it. MemoryError when that is refused."""
+        import torch
+
+        memory = torch.empty(size, dtype=torch.uint8)
+        if self.device.type == "cuda":
+            runtime, address = torch.cuda.cudart(), memory.data_ptr()
+            if (status := runtime.cudaHostRegister(address, size, 0)) != runtime.cudaError.success:
+                raise MemoryError(f"{size / 2**30:.1f} GiB of host memory cannot be page-locked for offloading: {status}")
+            weakref.finalize(memory, runtime.cudaHostUnregister, address)
+        return memory
+
     def transport(self, *, shared_device: bool) -> Transport:
         """How weights get to engines; `shared_device`: to those on this rank's own device."""
-        return CudaIpc() if shared_device and self.device.type == "cuda" else ObjectStore()
+        if self.device.type != "cuda":
+            return ObjectStore()
+        return CudaIpc() if shared_device else Broadcast(self.backend)
 
 
 def start_platform() -> Platform:

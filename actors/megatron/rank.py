@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -68,9 +69,17 @@ class MegatronRank:
                 result |= split_logprobs(batch, values.cpu().numpy())
             return None, result
 
-    def release_memory(self) -> None:
-        """Give back the device memory that is not in use, to who shares the device."""
-        self.platform.release_memory()
+    def leave_device(self, weights: bool) -> None:
+        """Make room for engines on the same device; with `weights` also those of the model, if `offload_model`."""
+        with self.progress.doing("leave_device"):
+            if weights and self.config.offload_model:
+                self.weights.leave(chain(self.model.module.parameters(), self.model.module.buffers()))
+            self.platform.release_memory()
+
+    def enter_device(self) -> None:
+        """Bring back what left."""
+        with self.progress.doing("enter_device"):
+            self.weights.come_back()
 
     @property
     def multiple(self) -> int:
@@ -98,9 +107,11 @@ class MegatronRank:
             timeout=config.call_timeout,
         )
         from actors.megatron.model import build_model, split_options
+        from actors.megatron.offload import Offload
 
         model_options, self.optimizer_options, self.ddp_options = split_options(options)
         self.model = build_model(config, model, sizes, self.platform, model_options)
+        self.weights = Offload(self.platform)
         self.module = self.model.module
 
     def _info(self) -> RankInfo:

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from actors.weights.checksum import checksum
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64  # bytes: every tensor of a bucket can be read in place with any dtype
 BUCKETS_IN_FLIGHT = 2  # one loads while the next is packed
+OWN_POLL = 0.1  # seconds between two looks at what the sender itself does while engines are waited for
+DEATH_SHOWS = 2.0  # seconds after which Ray has noticed the death of an actor
 
 
 def push_weights(
@@ -33,10 +36,14 @@ def push_weights(
 
     `named_tensors` is always read to its end, also after a failure: on the other ranks of a collective export somebody
     waits for each tensor. Raises PushError naming the engine, or the tensor that is not finite, or what was refused.
+    `transport` may serve one push after the other.
     """
-    start, tensors = time.monotonic(), iter(named_tensors)
+    start, tensors, transport = time.monotonic(), iter(named_tensors), transport or ObjectStore()
     try:
-        return _Push(engines, version, transport or ObjectStore(), start, timeout).send(tensors, bucket_bytes)
+        return _Push(engines, version, transport, start, timeout).send(tensors, bucket_bytes)
+    except BaseException:
+        transport.abort()
+        raise
     finally:
         for _ in tensors:
             pass
@@ -63,6 +70,8 @@ class _Push:
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> PushReport:
         begun = self._call("begin_push", self.version)  # answered while the first bucket is packed
+        connecting = self.transport.connect(self.engines, self._seconds_left())
+        self._wait("join_push", connecting.calls, connecting.own)
         names, num_bytes, num_buckets = [], 0, 0
         for bucket in self._buckets(tensors, bucket_bytes):
             self._wait("begin_push", begun)
@@ -130,21 +139,73 @@ class _Push:
     def _call(self, method: str, *arguments: Any) -> dict[int, Any]:
         return {index: getattr(engine, method).remote(*arguments) for index, engine in self.engines.items()}
 
-    def _wait(self, call: str, refs: dict[int, Any]) -> list[Any]:
+    def _seconds_left(self) -> float:
+        return max(self.start + self.timeout - time.monotonic(), 0)
+
+    def _wait(self, call: str, refs: dict[int, Any], own: Future[Any] | None = None) -> list[Any]:
+        """The engines' answers, when this process's `own` part is done too. The first error ends it.
+
+        When an engine dies, the others may fail first: its death is looked for, and is the error then.
+        """
         import ray
 
-        results = []
-        for index, ref in refs.items():
-            engine = f"rollout engine {index}"
-            try:
-                left = self.start + self.timeout - time.monotonic()
-                results.append(ray.get(ref, timeout=max(left, 0)))
-            except ray.exceptions.GetTimeoutError:
-                raise PushError(
-                    f"{engine} did not answer `{call}` of version {self.version} in push_timeout ({self.timeout:g} s)"
-                ) from None
-            except ray.exceptions.RayTaskError as error:
-                raise PushError(f"{engine}, `{call}`: {error.cause}") from error
-            except ray.exceptions.RayActorError as error:
-                raise PushError(f"{engine} died during `{call}` of version {self.version}") from error
-        return results
+        waiting, answers = {ref: index for index, ref in refs.items()}, {}
+        try:
+            while waiting:
+                left = self._seconds_left()
+                done, _ = ray.wait(list(waiting), timeout=min(left, OWN_POLL) if own else left)
+                if own and own.done():
+                    self._require_own(call, own)
+                if not done and left == 0:
+                    raise PushError(f"{_engines(waiting.values())} did not answer {self._late(call)}")
+                for ref in done:
+                    index = waiting.pop(ref)
+                    answers[index] = self._answer(call, index, ref)
+            if own:
+                self._require_own(call, own)
+        except PushError as error:
+            if not isinstance(error.__cause__, ray.exceptions.RayActorError):
+                self._look_for_death(call, waiting)
+            raise
+        return [answers[index] for index in refs]
+
+    def _answer(self, call: str, index: int, ref: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            raise PushError(f"{_engines([index])}, `{call}`: {error.cause}") from error
+        except ray.exceptions.RayActorError as error:
+            raise PushError(f"{_engines([index])} died during `{call}` of version {self.version}") from error
+
+    def _require_own(self, call: str, own: Future[Any]) -> None:
+        try:
+            own.result(self._seconds_left())
+        except PushError:
+            raise
+        except TimeoutError:
+            raise PushError(f"the sender did not finish its part of {self._late(call)}") from None
+        except Exception as error:
+            raise PushError(f"the sender's part of `{call}`: {error}") from error
+
+    def _look_for_death(self, call: str, waiting: dict[Any, int]) -> None:
+        """Raise PushError for an engine whose death shows soon; `waiting` {call: engine index} are not answered."""
+        import ray
+
+        end = time.monotonic() + DEATH_SHOWS
+        while waiting and (left := end - time.monotonic()) > 0:
+            for ref in ray.wait(list(waiting), timeout=left)[0]:
+                try:
+                    self._answer(call, waiting.pop(ref), ref)
+                except PushError as error:
+                    if isinstance(error.__cause__, ray.exceptions.RayActorError):
+                        raise
+
+    def _late(self, call: str) -> str:
+        return f"`{call}` of version {self.version} in push_timeout ({self.timeout:g} s)"
+
+
+def _engines(indices: Iterable[int]) -> str:
+    listed = sorted(indices)
+    return f"rollout engine{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"

@@ -1,13 +1,14 @@
 """How the bytes of a weight push get from a policy rank to a rollout engine.
 
 A transport makes them readable; what `send` returns, a payload, travels inside a `Bucket` as an argument of a Ray call and
-opens itself in the engine's process.
+opens itself in the engine's process. `broadcast.py` has the one for GPUs that are not shared.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -21,8 +22,19 @@ class Payload(Protocol):
         """The bytes, uint8 [size], not to be written to; they stay valid as long as the tensor lives."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Connecting:
+    """What must be done before the first bucket: by the engines and, meanwhile, by the sender."""
+
+    calls: dict[int, Any] = field(default_factory=dict)  # `join_push` by engine index: ray.ObjectRef
+    own: Future[Any] | None = None
+
+
 class Transport(Protocol):
-    """The sending side. It keeps a payload until every engine acknowledged its bucket."""
+    """The sending side, kept from push to push. It keeps a payload until every engine acknowledged its bucket."""
+
+    def connect(self, engines: dict[int, Any], timeout: float) -> Connecting:
+        """At the beginning of every push, to the engines {index: actor} it is for; `timeout` in seconds."""
 
     def send(self, data: torch.Tensor) -> Payload:
         """Make uint8 [size] readable for the engines; `data` may be overwritten as soon as this returns."""
@@ -30,9 +42,16 @@ class Transport(Protocol):
     def release(self, payload: Payload) -> None:
         """Every engine is done with this payload."""
 
+    def abort(self) -> None:
+        """After a push that failed: nobody waits for what was sent. Returns at once."""
+
 
 class ObjectStore:
     """Ray's object store: shared memory, read without a copy, on one node; Ray copies it to others once per node."""
+
+    def connect(self, engines: dict[int, Any], timeout: float) -> Connecting:
+        """Nothing to do: the store is there."""
+        return Connecting()
 
     def send(self, data: torch.Tensor) -> StoredBytes:
         import ray
@@ -41,6 +60,9 @@ class ObjectStore:
 
     def release(self, payload: Payload) -> None:
         """Nothing to do: Ray frees the object when the last reference to it is gone."""
+
+    def abort(self) -> None:
+        """Nothing to do, as in `release`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +86,10 @@ class CudaIpc:
     def __init__(self) -> None:
         self.held: dict[int, torch.Tensor] = {}  # by what tells payloads apart
 
+    def connect(self, engines: dict[int, Any], timeout: float) -> Connecting:
+        """Nothing to do: both are on one device."""
+        return Connecting()
+
     def send(self, data: torch.Tensor) -> MappedBytes:
         from torch.multiprocessing.reductions import reduce_tensor
 
@@ -74,6 +100,9 @@ class CudaIpc:
 
     def release(self, payload: MappedBytes) -> None:
         del self.held[payload.key]
+
+    def abort(self) -> None:
+        self.held.clear()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,242 @@
+"""Fits a run to its GPUs before it starts: the options that memory decides, and the refusal of what cannot fit.
+
+Where engines share the policy's GPUs, an engine gets what the policy leaves while it generates. Numbers are those of
+`rlhf.memory`: predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from rlhf.config import Config
+from rlhf.counts import data_ranks, policy_ranks
+from rlhf.memory import (
+    ACTIVATIONS,
+    ENGINE_RESIDUE,
+    ENGINE_WORK,
+    GIB,
+    engine_memory,
+    holdings,
+    longest_sequence,
+    phases,
+    responses_at_a_time,
+    sequence_cache,
+    shares_gpus,
+)
+from rlhf.model_folder import ModelShape
+from rlhf.validation import check_layout
+
+MARGIN = 2  # per cent of a GPU that nobody is given
+MOST = 90  # per cent of a GPU that an engine gets when the user does not say
+RESPONSES = 256  # of the longest length: what a KV cache should hold before the policy may stay on the GPU
+DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
+SHORTEST = 256  # tokens: shorter sequences are not proposed
+
+
+def fit(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+    """`config` with the options of DECIDED filled in; `gpu_memory`: bytes of a GPU, None without GPUs. Twice is as once.
+
+    Raises ValueError, one line, when a phase of the run cannot fit.
+    """
+    text = refusal(config, shape, reference_shape, gpu_memory)
+    if text is not None:
+        raise ValueError(text)
+    return complete(config, shape, reference_shape, gpu_memory)
+
+
+def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+    """`fit` without the refusal. What is given stays.
+
+    First the optimizer's state is offloaded, then the models too, until what the engine needs fits: the share that was given,
+    or room in its KV cache for RESPONSES (or as many as there are) of the longest length.
+    """
+    if gpu_memory is None or not shares_gpus(config):
+        return _filled(config, MOST / 100, optimizer=False, model=False)
+    for optimizer, model in ((False, False), (True, False), (True, True)):
+        trial = _filled(config, MOST / 100, optimizer=optimizer, model=model)
+        left = _share_left(trial, shape, reference_shape, gpu_memory)
+        trial = _filled(config, min(max(left, 0.01), MOST / 100), optimizer=optimizer, model=model)
+        pushes = phases(trial, shape, reference_shape, gpu_memory)["push"] <= gpu_memory
+        if config.vllm_gpu_memory_utilization is not None:
+            enough = left >= config.vllm_gpu_memory_utilization
+        else:
+            enough = _cache(trial, shape, gpu_memory) >= _wanted_responses(trial) * sequence_cache(trial, shape)
+        if pushes and enough:
+            break
+    return trial
+
+
+def note(
+    config: Config, completed: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+) -> str | None:
+    """What `complete` decided for shared GPUs, and why; None when it decided nothing."""
+    if gpu_memory is None or not shares_gpus(config):
+        return None
+    decided = {name: getattr(completed, name) for name in DECIDED if getattr(config, name) is None}
+    decided = {name: value for name, value in decided.items() if value is not False}
+    if not decided:
+        return None
+    who = "policy and reference keep" if reference_shape else "the policy keeps"
+    text = (
+        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, reference_shape, gpu_memory))} GiB of each GPU's "
+        f"{_gib(gpu_memory)} GiB while the engine generates"
+    )
+    if set(decided) == {"vllm_gpu_memory_utilization"} or config.vllm_gpu_memory_utilization is not None:
+        return text
+    return f"{text}, whose KV cache is to hold {_wanted_responses(config)} responses of {longest_sequence(config):,} tokens"
+
+
+def refusal(
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+) -> str | None:
+    """Why the run cannot fit, and what to change, in one line; None when it fits or there are no GPUs."""
+    if gpu_memory is None:
+        return None
+    problem, _ = _problem(config, shape, reference_shape, gpu_memory)
+    return f"{problem}; {_advice(config, shape, reference_shape, gpu_memory)}" if problem else None
+
+
+def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Config:
+    defaults = dict(zip(DECIDED, (share, optimizer, model)))
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def _kept(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> int:
+    """Bytes that the ranks on one GPU keep while its engine generates."""
+    held = holdings(config, shape, reference_shape, gpu_memory)["generate"]
+    return sum(held.values()) - held["engine"]
+
+
+def _share_left(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> float:
+    """Of the GPU, beside what the ranks keep and the margin, rounded down to 0.01; may be negative."""
+    kept = _kept(config, shape, reference_shape, gpu_memory)
+    return ((100 - MARGIN) * gpu_memory - 100 * kept) // gpu_memory / 100
+
+
+def _cache(config: Config, shape: ModelShape, gpu_memory: int) -> int:
+    """Bytes that remain of an engine's share for its KV cache; may be negative."""
+    share = int(config.vllm_gpu_memory_utilization * gpu_memory)
+    return share - engine_memory(config, shape).weights - ENGINE_RESIDUE - ENGINE_WORK
+
+
+def _fills_micro_batches(config: Config) -> bool:
+    """Whether micro batches have as many tokens as predicted, and not just as many as the longest rows would make."""
+    return bool(config.micro_batch_tokens or config.packing)
+
+
+def _wanted_responses(config: Config) -> int:
+    return min(responses_at_a_time(config), RESPONSES)
+
+
+def _problem(
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+) -> tuple[str | None, int]:
+    """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks."""
+    config = complete(config, shape, reference_shape, gpu_memory)
+    texts, lacking = [], 0
+    for phase, held in holdings(config, shape, reference_shape, gpu_memory).items():
+        if phase == "train" and not _fills_micro_batches(config):
+            held = {name: size for name, size in held.items() if not name.startswith(ACTIVATIONS)}
+        if (needed := sum(held.values())) > gpu_memory:
+            largest = sorted(held.items(), key=lambda item: -item[1])[:3]
+            parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
+            texts.append(f"phase {phase} needs about {_gib(needed)} GiB of a GPU's {_gib(gpu_memory)} GiB ({parts})")
+            lacking = max(lacking, needed - gpu_memory)
+    if config.task == "rlhf" and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
+        share = int(config.vllm_gpu_memory_utilization * gpu_memory)
+        texts.append(
+            f"phase generate: vllm_gpu_memory_utilization {config.vllm_gpu_memory_utilization:g} gives an engine "
+            f"{_gib(share)} GiB of a GPU's {_gib(gpu_memory)} GiB, it needs at least {_gib(share + short)} "
+            f"(weights {_gib(engine_memory(config, shape).weights)}, one sequence of {longest_sequence(config):,} tokens "
+            f"{_gib(sequence_cache(config, shape))}, itself {_gib(ENGINE_RESIDUE + ENGINE_WORK)})"
+        )
+        lacking = max(lacking, short)
+    return (texts[0] if texts else None), lacking
+
+
+def _advice(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> str:
+    """The changes of one kind that make the run fit; without one, those that bring it nearer."""
+    _, lacking = _problem(config, shape, reference_shape, gpu_memory)
+    enough, nearer = [], []
+    for kind in _changes(config, shape, reference_shape, gpu_memory):
+        lacks = [_problem(replace(config, **change), shape, reference_shape, gpu_memory)[1] for change in kind]
+        if 0 in lacks:
+            enough.append(_words(kind[lacks.index(0)]))
+        elif lacks and lacks[0] < lacking:
+            nearer.append(_words(kind[0]))
+    if enough:
+        return f"give {'; or '.join(enough)}"
+    if nearer:
+        return f"no change of one kind is enough, combine: {'; '.join(nearer)}"
+    return "it takes GPUs with more memory, or a smaller model"
+
+
+def _changes(
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Changes worth a try, by kind; those of a kind go further one after another."""
+    if shares_gpus(config):
+        refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
+        yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
+    if config.vllm_gpu_memory_utilization is not None:
+        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, reference_shape, gpu_memory)
+        yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]
+    if config.micro_batch_tokens:
+        longest = longest_sequence(config)
+        yield [{"micro_batch_tokens": max(size, longest)} for size in _halves(config.micro_batch_tokens, longest)]
+    elif config.micro_batch_size > 1:
+        yield [{"micro_batch_size": size} for size in _halves(config.micro_batch_size, 1)]
+    if config.recompute_granularity != "full":
+        yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
+    yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
+    yield _more_tensor_ranks(config, shape)
+    if not config.use_distributed_optimizer and data_ranks(config) > 1:
+        yield [{"use_distributed_optimizer": True}]
+    elif config.use_distributed_optimizer:
+        yield [{"nnodes": config.nnodes * factor} for factor in (2, 4, 8)]
+
+
+def _halves(size: int, least: int) -> list[int]:
+    """size / 2, size / 4, ... until `least` is reached."""
+    halves = []
+    while size > least:
+        size = size // 2
+        halves.append(size)
+    return halves
+
+
+def _shortened(config: Config, length: int) -> dict[str, Any]:
+    change: dict[str, Any] = {"max_length": length}
+    if config.packing:
+        change["packing_length"] = length
+    if config.vllm_max_model_len:
+        change["vllm_max_model_len"] = min(config.vllm_max_model_len, length + config.max_completion_length)
+    return change
+
+
+def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
+    """TP of 2, 4 and 8 where the model divides, on as many ranks as it takes."""
+    changes = []
+    for tensor in (2, 4, 8):
+        ranks = tensor * config.pipeline_model_parallel_size
+        try:
+            check_layout(shape, tensor, config.pipeline_model_parallel_size)
+        except ValueError:
+            continue
+        if tensor > config.tensor_model_parallel_size:
+            change = {"tensor_model_parallel_size": tensor}
+            if policy_ranks(config) % ranks:
+                change |= {"nproc_per_node": -(-ranks // config.nnodes)}
+            changes.append(change)
+    return changes
+
+
+def _words(change: dict[str, Any]) -> str:
+    shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in change.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"

@@ -1,0 +1,50 @@
+"""After a push an engine answers as one that loaded the saved weights: over CUDA IPC, and over NCCL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import ray
+from demo_command import demo
+
+from actors.rollout import ENVIRONMENT, RolloutEngine
+from rlhf.batching import group_shards
+from rlhf.cluster import Cluster
+from rlhf.grpo import grpo_loss_of
+from rlhf.options import load_config
+from rlhf.rollout import RolloutEngines
+
+
+def greedy(rollout: RolloutEngines, prompts) -> dict[int, list[list[int]]]:
+    groups = rollout.generate(prompts, n=1, sampling={"temperature": 0})
+    return {group.prompt.index: [ids.tolist() for ids in ray.get(group.tokens).response_ids] for group in groups}
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, work, taught, tmp_path, mode):
+    words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", lr=1e-3, lr_decay_style="constant")
+    config = load_config(list(map(str, words)))
+    with Cluster(config, policy_ranks=1, num_engines=1) as cluster:
+        config, roles = cluster.config, cluster.build()
+        policy, rollout = roles.policy, roles.rollout
+        policy.broadcast("schedule", 10)
+        rollout.push(policy)
+        prompts = roles.data.next_batch(64)
+        before = greedy(rollout, prompts)
+        groups = list(rollout.generate(prompts, n=8))
+        advantages = [[1.0, -1.0] * 4 for _ in groups]
+        for shards in group_shards(groups, advantages, config, data_size=1, seed=0):
+            policy.on_shards("train_step", shards, grpo_loss_of(config), None, None)
+        policy.on_all("save", str(tmp_path), 1)
+        rollout.push(policy)
+        after = greedy(rollout, prompts)
+        assert after != before
+
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_gpus=1, runtime_env={"env_vars": ENVIRONMENT})
+        return kind.remote(replace(config, model=str(tmp_path)), index=index, load_weights=True)
+
+    fresh = RolloutEngines(spawn, num_engines=1, config=config)
+    assert greedy(fresh, prompts) == after
+    ray.kill(fresh.engines[0])

@@ -1,0 +1,86 @@
+"""Whole runs on GPUs: by turns on one GPU and with engines on their own; learning, deaths, offloading, resuming."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from statistics import fmean
+
+import command
+import psutil
+import pytest
+from demo_command import demo
+from safetensors.numpy import load_file
+
+GENERATIONS = 60
+NOT_REPEATED = re.compile("seconds|tokens_per_second|.*gpu_gib.*")
+
+
+def gpu_gib() -> float:
+    """In use on the first GPU."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_it_learns_through_the_death_of_an_engine_and_a_dead_rank_ends_it(gpu_ray, work, taught, mode):
+    """60 generations of sums; then the GPU is free again within 30 s of the death of a rank."""
+    before = gpu_gib()
+    folder, log = work / mode, work / f"{mode}.log"
+    options = {"vllm_mode": mode, "train_iters": 100000, "lr_decay_style": "constant"}
+    process = command.start(*demo("rlhf", taught, work, mode, **options), log=log, address=gpu_ray)
+    try:
+        command.wait_until(lambda: len(command.metrics(folder)) >= 5, process, log=log)
+        (engine,) = command.actors(psutil.Process(), "RolloutEngine")
+        os.kill(engine, signal.SIGKILL)
+        command.wait_until(lambda: len(command.metrics(folder)) >= GENERATIONS, process, log=log)
+        (rank,) = command.actors(psutil.Process(), "Policy")
+        os.kill(rank, signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(timeout=30) == 1
+        while gpu_gib() > before + 0.2:
+            assert time.monotonic() < killed + 30, f"{gpu_gib():.1f} GiB in use, {before:.1f} before the run"
+            time.sleep(0.5)
+    finally:
+        process.kill()
+    rows = command.metrics(folder)
+    print(mode, [round(row["reward"], 2) for row in rows], rows[-1])
+    assert re.search("^error: policy rank 0 died", log.read_text(), re.MULTILINE), log.read_text()[-3000:]
+    assert rows[-1]["engine_restarts"] == 1
+    assert fmean(row["reward"] for row in rows[-5:]) >= rows[0]["reward"] + 0.15
+    assert max(row["rollout_train_logprob_diff"] for row in rows) <= 0.03
+    for phase in ("train", "push", "generate"):
+        assert 0 < rows[-1][f"max_gpu_gib_{phase}"] and 0 < rows[-1][f"predicted_gpu_gib_{phase}"]
+
+
+def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
+    """One run with everything offloaded against one without that is killed and continued: bit for bit."""
+    options = {"deterministic": "true", "train_iters": 16, "save_steps": 8}
+    offloaded = demo("rlhf", taught, work, "offloaded", offload_model="true", offload_optimizer="true", **options)
+    status, output = command.run(*offloaded, log=work / "offloaded.log", address=gpu_ray)
+    assert status == 0, output[-4000:]
+    arguments = demo("rlhf", taught, work, "killed", offload_model="false", offload_optimizer="false", **options)
+    log = work / "killed.log"
+    process = command.start(*arguments, log=log, address=gpu_ray)
+    command.wait_until((work / "killed" / "checkpoint-8").exists, process, log=log)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
+    assert status == 0, output[-4000:]
+    runs = [
+        [{name: value for name, value in row.items() if not NOT_REPEATED.fullmatch(name)} for row in command.metrics(work / name)]
+        for name in ("offloaded", "killed")
+    ]
+    assert runs[0] == runs[1]
+    weights = [load_file(work / name / "checkpoint-16" / "model.safetensors") for name in ("offloaded", "killed")]
+    assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[0])
+
+
+def test_too_few_gpus_are_refused_in_one_line(gpu_ray, work, taught):
+    arguments = demo("rlhf", taught, work, "many", vllm_mode="server", **{"rollout.num_engines": 8})
+    status, output = command.run(*arguments, log=work / "many.log", address=gpu_ray)
+    assert status == 2
+    assert "1 policy ranks + 8 engine places need 9 x 1 GPU = 9, the cluster has 2: lower nproc_per_node" in output

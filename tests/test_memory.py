@@ -1,0 +1,210 @@
+"""Predicted peaks of shared GPUs against arithmetic written out, what is decided from them, and what is refused."""
+
+# ruff: noqa: E501 - whole messages
+
+from dataclasses import replace
+
+import pytest
+
+import rlhf.options
+from rlhf.config import Config
+from rlhf.devices import Devices
+from rlhf.fit import complete, fit, note, refusal
+from rlhf.memory import phases, shapes
+from rlhf.model_folder import read_shape
+from rlhf.options import load_config
+from rlhf.resolution import resolve
+from tests.model_json import QWEN25_7B, write_model
+
+GIB = 2**30
+H200 = 143_771 * 2**20
+QWEN25_1_5B = QWEN25_7B | {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+SMALL = 1_543_714_304  # parameters
+LARGE_TP2 = (7_615_616_512 - 57 * 3584) // 2 + 57 * 3584  # of one of two tensor ranks
+LARGE = {"tensor_model_parallel_size": 2, "nproc_per_node": 2, "max_length": 1024, "max_completion_length": 4096}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("NPROC_PER_NODE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def grpo(tmp_path):
+    """A resolved config: 512 responses a step, of at most 256 + 1024 tokens."""
+
+    def grpo(values=QWEN25_1_5B, **options) -> Config:
+        folder = write_model(tmp_path / str(values["hidden_size"]), values)
+        base = Config(
+            task="rlhf", rlhf_type="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3,
+            beta=0.0, nproc_per_node=1, global_batch_size=512, micro_batch_tokens=8192, max_length=256, max_completion_length=1024,
+        )  # fmt: skip
+        return resolve(replace(base, **options), read_shape(folder))
+
+    return grpo
+
+
+def decided(config: Config) -> tuple[float, bool, bool]:
+    return config.vllm_gpu_memory_utilization, config.offload_optimizer, config.offload_model
+
+
+def test_phases_of_one_shared_gpu(grpo):
+    config = grpo(beta=0.04)
+    completed = complete(config, *shapes(config), H200)
+    layer = 4 * 1536 + 2 * (1536 + 256) + 256 + 1536 + 3 * 8960
+    activations = 8192 * (28 * layer * 2 + 151936 * 16)
+    contexts, weights, optimizer = 2 * 2 * GIB, 2 * SMALL, 12 * SMALL
+    buffers = 3 * 256 * 2**20 + 151936 * 1536 * 2
+    assert decided(completed) == (0.78, False, False)  # 0.98 - 27.0 / 140.4
+    predicted = {
+        "train": contexts + 2 * weights + 4 * SMALL + optimizer + activations + 3 * GIB,
+        "push": contexts + 3 * weights + optimizer + 3 * GIB + buffers,
+        "generate": contexts + 2 * weights + optimizer + int(0.78 * H200),
+    }
+    assert phases(completed, *shapes(config), H200) == predicted
+    away = replace(completed, offload_optimizer=True, offload_model=True)
+    predicted["push"] -= optimizer + weights  # the reference's
+    predicted["generate"] -= optimizer + 2 * weights
+    assert phases(away, *shapes(config), H200) == predicted
+
+
+def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):
+    config = grpo(vllm_mode="server")
+    completed = fit(config, *shapes(config), H200)
+    assert decided(completed) == (0.9, False, False)
+    peaks = phases(completed, *shapes(config), H200)
+    assert peaks["generate"] == int(0.9 * H200)
+    assert peaks["push"] == 2 * GIB + 18 * SMALL + 3 * 256 * 2**20 + 151936 * 1536 * 2
+    sft = resolve(Config(task="sft", model=config.model, max_length=512, nproc_per_node=1), shapes(config)[0])
+    assert list(phases(fit(sft, *shapes(sft), H200), *shapes(sft), H200)) == ["train"]
+
+
+def test_without_gpus_nothing_is_offloaded_or_refused(grpo):
+    config = grpo(max_length=30000)
+    assert decided(fit(config, *shapes(config), None)) == (0.9, False, False)
+    assert note(config, fit(config, *shapes(config), None), *shapes(config), None) is None
+
+
+def test_the_optimizer_leaves_when_the_kv_cache_would_be_small(grpo):
+    # beside weights and optimizer of half a 7B policy 0.61 of a GPU, of which 66 GiB for a KV cache: 256 x 5120 x 56 KiB = 70 GiB
+    config = grpo(QWEN25_7B, **LARGE)
+    completed = fit(config, *shapes(config), H200)
+    kept = 2 * GIB + 2 * LARGE_TP2
+    assert decided(completed) == (0.9, True, False)
+    assert completed.vllm_gpu_memory_utilization <= 0.98 - kept / H200
+    assert note(config, completed, *shapes(config), H200) == (
+        "vllm_gpu_memory_utilization 0.9, offload_optimizer true: the policy keeps 9.1 GiB of each GPU's 140.4 GiB while the "
+        "engine generates, whose KV cache is to hold 256 responses of 5,120 tokens"
+    )
+    short = grpo(QWEN25_7B, **LARGE | {"max_completion_length": 1024})
+    kept += 12 * LARGE_TP2
+    assert decided(fit(short, *shapes(short), H200)) == (int(98 - 100 * kept / H200) / 100, False, False)
+    few = grpo(QWEN25_7B, **LARGE | {"global_batch_size": 64})
+    assert not fit(few, *shapes(few), H200).offload_optimizer
+
+
+def test_the_model_leaves_when_that_is_not_enough(grpo):
+    config = grpo(QWEN25_7B, **LARGE | FULL | {"tensor_model_parallel_size": 4, "nproc_per_node": 4, "global_batch_size": 1024})
+    assert decided(fit(config, *shapes(config), 80 * GIB)) == (0.9, True, True)
+
+
+def test_deciding_twice_is_as_once(grpo):
+    config = grpo(beta=0.04)
+    once = fit(config, *shapes(config), H200)
+    assert fit(once, *shapes(config), H200) == once
+    assert note(once, once, *shapes(config), H200) is None
+
+
+def test_what_is_given_stays(grpo):
+    config = grpo(vllm_gpu_memory_utilization=0.5, offload_model=True, offload_optimizer=False)
+    assert fit(config, *shapes(config), H200) == config
+    kept = grpo(QWEN25_7B, **LARGE, offload_optimizer=False)
+    assert not fit(kept, *shapes(kept), H200).offload_optimizer
+    # a share that was given decides what has to leave
+    share = grpo(vllm_gpu_memory_utilization=0.9)
+    assert decided(fit(share, *shapes(share), H200)) == (0.9, True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "message"),
+    [
+        (
+            {"vllm_gpu_memory_utilization": 0.9, "offload_optimizer": False, "offload_model": False}, H200,
+            "phase generate needs about 148.5 GiB of a GPU's 140.4 GiB (engine 126.4, optimizer state 17.3, policy weights 2.9); "
+            "give offload_optimizer true; or vllm_gpu_memory_utilization 0.82; or tensor_model_parallel_size 2, nproc_per_node 2; "
+            "or nnodes 2",
+        ),
+        (
+            {"vllm_gpu_memory_utilization": 0.99}, H200,
+            "phase generate needs about 141.0 GiB of a GPU's 140.4 GiB (engine 139.0, contexts 2.0); "
+            "give vllm_gpu_memory_utilization 0.82",
+        ),
+        (
+            {"vllm_gpu_memory_utilization": 0.03}, H200,
+            "phase generate: vllm_gpu_memory_utilization 0.03 gives an engine 4.2 GiB of a GPU's 140.4 GiB, it needs at least 7.9 "
+            "(weights 2.9, one sequence of 1,280 tokens 0.0, itself 5.0); give vllm_gpu_memory_utilization 0.82",
+        ),
+        (
+            {"micro_batch_tokens": 32768}, H200,
+            "phase train needs about 170.7 GiB of a GPU's 140.4 GiB (activations of 32,768 tokens 139.8, optimizer state 17.3, "
+            "gradients 5.8); give micro_batch_tokens 16384; or recompute_granularity full, recompute_method uniform, "
+            "recompute_num_layers 1; or tensor_model_parallel_size 2, nproc_per_node 2",
+        ),
+        (
+            {"micro_batch_tokens": None, "micro_batch_size": 32} | FULL, 80 * GIB,
+            "phase train needs about 126.9 GiB of a GPU's 80.0 GiB (activations of 40,960 tokens 96.0, optimizer state 17.3, "
+            "gradients 5.8); give micro_batch_size 16; or tensor_model_parallel_size 2, nproc_per_node 2",
+        ),
+        (
+            {"use_distributed_optimizer": False, "nproc_per_node": 4} | FULL, 40 * GIB,
+            "phase train needs about 50.1 GiB of a GPU's 40.0 GiB (activations of 8,192 tokens 19.2, optimizer state 17.3, "
+            "gradients 5.8); give micro_batch_tokens 2048; or tensor_model_parallel_size 2; or use_distributed_optimizer true",
+        ),
+        (
+            {"micro_batch_tokens": 1280} | FULL, 20 * GIB,
+            "phase train needs about 33.9 GiB of a GPU's 20.0 GiB (optimizer state 17.3, gradients 5.8, activations of 1,280 tokens 3.0); "
+            "give tensor_model_parallel_size 2, nproc_per_node 2; or nnodes 8",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_with_what_to_change(grpo, options, memory, message):
+    config = grpo(**options)
+    with pytest.raises(ValueError) as caught:
+        fit(config, *shapes(config), memory)
+    assert str(caught.value) == message
+
+
+def test_a_change_that_is_proposed_is_enough(grpo):
+    config = grpo(micro_batch_tokens=32768)
+    for change in ({"micro_batch_tokens": 16384}, FULL, {"tensor_model_parallel_size": 2, "nproc_per_node": 2}):
+        assert refusal(replace(config, **change), *shapes(config), H200) is None
+
+
+def test_changes_are_combined_when_none_is_enough(grpo):
+    config = grpo(QWEN25_7B, micro_batch_tokens=65536)
+    text = refusal(config, *shapes(config), 24 * GIB)
+    assert text.startswith("phase train needs about ") and "no change of one kind is enough, combine: micro_batch_tokens 32768; " in text
+
+
+def test_a_command_on_gpus_is_fitted_before_anything_starts(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m", QWEN25_1_5B)
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    gpu = Devices(gpus=1, gpu_name="NVIDIA H200", memory=H200, cores=8)
+    monkeypatch.setattr(rlhf.options, "find_devices", lambda: gpu)
+    words = "rlhf --rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy --train_iters 1 --beta 0 --max_length 256".split()
+    assert decided(load_config(words)) == (0.82, False, False)
+    assert capsys.readouterr().err == (
+        "note: vllm_gpu_memory_utilization 0.82: the policy keeps 22.1 GiB of each GPU's 140.4 GiB while the engine generates\n"
+    )
+    monkeypatch.setattr(rlhf.options, "find_devices", lambda: replace(gpu, memory=8 * GIB))
+    with pytest.raises(ValueError, match=r"phase train needs about .* GiB of a GPU's 8.0 GiB"):
+        load_config(words)
+    assert decided(load_config(words, weights=False)) == (None, None, None)
+    monkeypatch.setattr(rlhf.options, "find_devices", lambda: replace(gpu, gpus=0))
+    assert decided(load_config(words)) == (None, None, None)

@@ -1,0 +1,58 @@
+"""What leaves a device and comes back is bit for bit what it was; real Ray actors."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from tests.policy_ranks import nll_loss, policy_config, random_rows, shards_of
+from tests.tiny import make_tiny_model
+
+ROWS = 8
+SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
+LAYOUTS = {
+    "dp2": {"use_distributed_optimizer": True},
+    "dp2-whole-optimizer": {"use_distributed_optimizer": False},
+    "tp2-bf16": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "torch_dtype": "bfloat16"},
+    "tp2-lora": {"tensor_model_parallel_size": 2, "tuner_type": "lora", "lr": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_path, layout):
+    rows = random_rows(ROWS)
+    source = ray.put(rows)
+
+    def run(offload: bool) -> tuple[list, dict]:
+        options = {"offload_model": offload, "offload_optimizer": offload}
+        group = hosts.start(policy_config(model, deterministic=True, **LAYOUTS[layout], **options), 2)
+        shards = shards_of(rows, source, SPLITS[group.data_size])
+        results = [group.train_step(shards, nll_loss)]  # the optimizer now has moments
+        before = ray.get(group.actors[0].bytes_held.remote())
+        if offload:
+            group.call("leave_device", False)
+            during = ray.get(group.actors[0].bytes_held.remote())
+            assert during["weights"] == before["weights"] > 0 and during["gradients"] == during["optimizer"] == 0
+            group.call("leave_device", True)
+            group.call("leave_device", True)  # again: nothing happens
+            assert ray.get(group.actors[0].bytes_held.remote())["weights"] == 0
+            group.call("enter_device")
+            assert ray.get(group.actors[0].bytes_held.remote()) == before
+        results += [group.logprobs(shards), group.train_step(shards, nll_loss)]
+        folder = tmp_path / str(offload)
+        group.call("save", str(folder), 2)
+        file = folder / ("adapter_model.safetensors" if "lora" in layout else "model.safetensors")
+        return results, load_file(file)
+
+    (first, scored, second), weights = run(False)
+    (first_again, scored_again, second_again), weights_again = run(True)
+    assert (first, second) == (first_again, second_again)
+    assert all((scored[key] == scored_again[key]).all() for key in scored)
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
