@@ -105,6 +105,7 @@ class RolloutEngine:
         def wake() -> None:
             if self.thread.engine.is_sleeping():
                 self.thread.engine.wake_up([tag])
+            peak_gib()  # from here on that of the next phase
 
         await self.thread.call(wake)
 
@@ -275,7 +276,9 @@ def _build(config: Any, index: int, load_weights: bool, sleeps: bool = False) ->
 
 def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
+    seeded_on_cpu = config.deterministic and current_platform.is_cpu()
     options = {
         "model": config.model,
         "dtype": config.torch_dtype or checkpoint_dtype(config.model),
@@ -286,6 +289,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "max_num_seqs": config.vllm_max_num_seqs,
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
+        "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two
         "gpu_memory_utilization": config.vllm_gpu_memory_utilization or 0.9,  # None where no GPU is shared
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
         "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",

@@ -241,6 +241,12 @@ def test_greedy_tokens_are_those_of_hugging_face(engines, models) -> None:
         assert greedy[prompt.index][0] == [expected[0, len(prompt.token_ids) :].tolist()]
 
 
+def test_more_prompts_than_a_step_takes_are_answered_under_seeds(engines, models) -> None:
+    groups = list(engines.generate(some_prompts(100, length=100), n=1, sampling={"max_completion_length": 2}))
+    assert len(groups) == 100
+    assert logprob_error(hugging_face(models["b"]), groups[:10]) <= TOLERANCE
+
+
 def test_a_response_ends_with_its_end_token_or_at_the_limit(engines, models) -> None:
     from transformers import AutoTokenizer
 

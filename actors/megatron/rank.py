@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.device_memory import peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
 from rlhf.records import RankInfo, Shard
@@ -75,6 +76,7 @@ class MegatronRank:
             if weights and self.config.offload_model:
                 self.weights.leave(chain(self.model.module.parameters(), self.model.module.buffers()))
             self.platform.release_memory()
+            peak_gib()  # from here on that of the next phase
 
     def enter_device(self) -> None:
         """Bring back what left."""

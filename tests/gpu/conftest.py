@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT / "configs" / "demo")]
 PLACES = 2
-SFT_STEPS = 150
+SFT_STEPS = 300
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -16,22 +16,22 @@ def sender(gpu_ray):
 
 
 def test_a_group_is_kept_while_its_engine_is_the_same(sender) -> None:
-    engines = receivers("", gpus=0.5)
+    engines = receivers("", gpus=0.1)
     first = push(sender, engines, 1)
     assert len(first[0]) == 1
     assert push(sender, engines, 2) == first
-    push(sender, receivers("", gpus=0.5), 3)
+    push(sender, receivers("", gpus=0.1), 3)
 
 
 def test_buckets_keep_their_order_when_calls_start_in_another(sender) -> None:
-    push(sender, receivers("out of order", gpus=0.5), 1)
+    push(sender, receivers("out of order", gpus=0.1), 1)
 
 
 @pytest.mark.parametrize("fault", FAILURES)
 def test_an_engine_that_fails_is_named_and_the_next_push_forms_another_group(sender, fault) -> None:
-    engines = {1: receivers(fault, gpus=0.5)[0]}
+    engines = {1: receivers(fault, gpus=0.1)[0]}
     with pytest.raises(RuntimeError, match=FAILURES[fault]):
         ray.get(sender.push.remote(engines, 1))
     if "dies" in fault:
-        engines = {1: receivers("", gpus=0.5)[0]}
+        engines = {1: receivers("", gpus=0.1)[0]}
     push(sender, engines, 1)
