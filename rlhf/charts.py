@@ -182,7 +182,7 @@ def _frame(x: Axis, y: Axis) -> str:
     """Grid, ticks and the axes' labels; very small or large values share one power of ten, written above the axis."""
     largest = max(abs(y.low), abs(y.high))
     exponent = math.floor(math.log10(largest))
-    exponent = exponent if exponent < -2 or exponent > 4 else 0
+    exponent = exponent if exponent < -1 or exponent > 4 else 0
     gaps = [b - a for a, b in zip(y.ticks, y.ticks[1:])] or [largest]
     digits = max(0, -math.floor(math.log10(min(gaps) / 10**exponent) + 1e-9))
     digits += round(min(gaps) / 10**exponent * 10**digits, 6) % 1 != 0  # a step of 2.5 needs one digit more

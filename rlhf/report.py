@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -18,7 +18,7 @@ from rlhf.charts import Series, line_chart, number, stacked_bars
 from rlhf.config import Config
 from rlhf.report_page import PAGE, STYLE
 
-PHASES = {"generate": 1, "score": 5, "logprobs": 4, "train": 3, "push": 6, "save": 2}  # and their colours
+PHASES = {"generate": 1, "score": 5, "logprobs": 4, "train": 3, "push": 6, "switch": 8, "save": 2}  # and their colours
 FINAL_STEPS = 10  # "the end" of a run is the mean of so many last steps
 SHOWN_PROMPTS = 4
 SHOWN_RESPONSES = 2
@@ -143,10 +143,22 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
         one("Rollout–train difference", "mean |logprob difference|, nats per token", "rollout_train_logprob_diff", 2),
         _phases(rows, steps),
         one("Throughput", "tokens per second", "tokens_per_second", 3),
+        _gpu_memory(rows, lines),
     ]
     if smooth:
         figures.append(f'<p class="note wide">Thin line: each step; {smooth}. Hover over a chart for values.</p>')
     return "".join(figures)
+
+
+def _gpu_memory(rows: Sequence[Mapping[str, Any]], lines: Callable[..., str]) -> str:
+    """What was in use in each phase; empty without GPUs."""
+    measured = [
+        Series(name=phase, values=_values(rows, f"max_gpu_gib_{phase}"), color=PHASES[phase])
+        for phase in ("train", "push", "generate")
+    ]
+    predicted = [(one.name, rows[-1].get(f"predicted_gpu_gib_{one.name}")) for one in measured]
+    expected = ", ".join(f"{phase} {number(gib, 3)}" for phase, gib in predicted if gib is not None)
+    return lines("GPU memory", f"most in use on one GPU, GiB; predicted: {expected}", *measured, window=1)
 
 
 def _phases(rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> str:

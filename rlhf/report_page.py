@@ -11,10 +11,10 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light dark; --page:#fbfbfa; --card:#fff; --ink:#1b1c1e; --soft:#63666c; --rule:#e3e4e6;
-  --fill:#f3f4f5; --c1:#2a6fdb; --c2:#c2502e; --c3:#1a8a5f; --c4:#8a56c2; --c5:#c48a00; --c6:#cf4a86; --c7:#a3a7ad }
+  --fill:#f3f4f5; --c1:#2a6fdb; --c2:#c2502e; --c3:#1a8a5f; --c4:#8a56c2; --c5:#c48a00; --c6:#cf4a86; --c7:#a3a7ad; --c8:#2aa3b5 }
 @media screen and (prefers-color-scheme: dark) { :root { --page:#15171a; --card:#1c1f23; --ink:#e8e9eb;
   --soft:#9ba0a8; --rule:#32363c; --fill:#262a30; --c1:#6ba4f8; --c2:#f08a66; --c3:#4cc596; --c4:#b992ea;
-  --c5:#e5b63e; --c6:#f083b4; --c7:#6d727a } }
+  --c5:#e5b63e; --c6:#f083b4; --c7:#6d727a; --c8:#5cc8d8 } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--page); color:var(--ink); font:15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "Noto Sans", "DejaVu Sans", sans-serif; font-variant-numeric:tabular-nums }
