@@ -88,6 +88,17 @@ def note(
     return f"{text}, whose KV cache is to hold {_wanted_responses(config)} responses of {longest_sequence(config):,} tokens"
 
 
+def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
+    """What does not fit if rows are as long as they may be, and what to change; None when that fits, or is refused."""
+    if gpu_memory is None or refusal(config, shape, reference_shape, gpu_memory):
+        return None
+    room = shape, reference_shape, gpu_memory
+    problem, _ = _problem(config, *room, longest=True)
+    if problem is None:
+        return None
+    return f"when rows are as long as max_length allows, {problem}; then {_advice(config, *room, longest=True)}"
+
+
 def refusal(
     config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
 ) -> str | None:
@@ -121,23 +132,21 @@ def _cache(config: Config, shape: ModelShape, gpu_memory: int) -> int:
     return share - engine_memory(config, shape).weights - ENGINE_RESIDUE - ENGINE_WORK
 
 
-def _fills_micro_batches(config: Config) -> bool:
-    """Whether micro batches have as many tokens as predicted, and not just as many as the longest rows would make."""
-    return bool(config.micro_batch_tokens or config.packing)
-
-
 def _wanted_responses(config: Config) -> int:
     return min(responses_at_a_time(config), RESPONSES)
 
 
 def _problem(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
 ) -> tuple[str | None, int]:
-    """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks."""
+    """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks.
+
+    Micro batches of so many rows count only where all rows are the `longest`: most are shorter.
+    """
     config = complete(config, shape, reference_shape, gpu_memory)
     texts, lacking = [], 0
     for phase, held in holdings(config, shape, reference_shape, gpu_memory).items():
-        if phase == "train" and not _fills_micro_batches(config):
+        if not (longest or config.micro_batch_tokens or config.packing):
             held = {name: size for name, size in held.items() if not name.startswith(ACTIVATIONS)}
         if (needed := sum(held.values())) > gpu_memory:
             largest = sorted(held.items(), key=lambda item: -item[1])[:3]
@@ -156,12 +165,15 @@ def _problem(
     return (texts[0] if texts else None), lacking
 
 
-def _advice(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> str:
+def _advice(
+    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
+) -> str:
     """The changes of one kind that make the run fit; without one, those that bring it nearer."""
-    _, lacking = _problem(config, shape, reference_shape, gpu_memory)
+    _, lacking = _problem(config, shape, reference_shape, gpu_memory, longest=longest)
     enough, nearer = [], []
     for kind in _changes(config, shape, reference_shape, gpu_memory):
-        lacks = [_problem(replace(config, **change), shape, reference_shape, gpu_memory)[1] for change in kind]
+        trials = [replace(config, **change) for change in kind]
+        lacks = [_problem(trial, shape, reference_shape, gpu_memory, longest=longest)[1] for trial in trials]
         if 0 in lacks:
             enough.append(_words(kind[lacks.index(0)]))
         elif lacks and lacks[0] < lacking:

@@ -18,12 +18,15 @@ from rlhf.counts import data_ranks, needs_reference, rollout_engines
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
+MLP_VALUES = 5  # numbers kept for each of its inner features: both halves, the gate after and around its activation, the product
 ACTIVATIONS = "activations of"
 BYTES = {"float32": 4, "bfloat16": 2}
-RANK_CONTEXT = 2 * GIB  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
-ENGINE_RESIDUE = 3 * GIB  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
+# Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.
+RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
+ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
 ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
-PUSH_BUFFERS = 3 * 256 * 2**20  # buckets of one push: packed, on its way, being loaded
+PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
+BUCKET = 256 * 2**20  # its size, or that of a larger tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
     elif config.recompute_granularity == "full":
         kept, again = unit * entry + (layers - unit) * whole, whole
     elif config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
-        again = entry + 3 * shape.ffn_size // tensor
+        again = entry + MLP_VALUES * shape.ffn_size // tensor
         kept -= layers * again
     first = kept * size * min(pipeline, _micro_batches(config)) + again * size
     last = kept * size + _columns(shape, tensor) * _loss_bytes(config)
@@ -138,22 +141,22 @@ def _layer_values(shape: ModelShape, tensor_size: int, *, split: bool) -> int:
     """Numbers a token that one layer keeps.
 
     The two norms' inputs and outputs (`split` over TP under sequence parallelism); queries, keys and values as one tensor,
-    queries and keys after rotation, the same again before their norm in a model that has one; the attention's output, both
-    halves of the MLP and their product.
+    queries and keys after rotation, the same again before their norm in a model that has one; the attention's output; and
+    MLP_VALUES of the MLP.
     """
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 4 * shape.hidden_size // (tensor_size if split else 1)
     queries_and_keys = (3 if shape.qk_norm else 2) * (heads + kv_heads)
-    return norms + (queries_and_keys + kv_heads + heads + 3 * shape.ffn_size) // tensor_size
+    return norms + (queries_and_keys + kv_heads + heads + MLP_VALUES * shape.ffn_size) // tensor_size
 
 
 def _loss_bytes(config: Config) -> int:
-    """Bytes of one logit at the loss, at their peak in the backward pass.
+    """Bytes that torch reserves for each logit at the loss, measured on an H200 in bfloat16.
 
-    Megatron hands out float32 logits (made from its own, in the model's dtype); softmax and its gradient are written over them,
-    fused or not. A temperature's gradient is a second float32 tensor.
+    The logits in bfloat16, then in float32, which become the softmax and its gradient, and the blocks that are free by then; the
+    fused loss is compiled and does not write in place.
     """
-    return 6 if config.task == "sft" or config.temperature == 1 else 8
+    return 14 if config.cross_entropy_loss_fusion else 11
 
 
 def _columns(shape: ModelShape, tensor_size: int) -> int:
@@ -202,7 +205,7 @@ def holdings(
     if config.task == "sft":
         return {"train": train}
     largest = max(shape.vocab_size, shape.ffn_size) * shape.hidden_size * BYTES[config.torch_dtype]
-    buffers = {"push buffers": PUSH_BUFFERS + largest}
+    buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
     if not shares_gpus(config):
         return {"train": train, "push": ranks | gradients | buffers, "generate": engine}

@@ -15,7 +15,7 @@ import yaml
 
 from rlhf.config import ALL, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
-from rlhf.fit import fit, note
+from rlhf.fit import fit, note, warning
 from rlhf.memory import shapes
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
@@ -80,7 +80,7 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     if weights and devices.gpus:
         given, room = config, (*shapes(config), devices.memory)
         config = fit(given, *room)
-        notes += filter(None, [note(given, config, *room)])
+        notes += filter(None, [note(given, config, *room), warning(config, *room)])
     for text in notes:
         print(f"note: {text}", file=sys.stderr)
     return config

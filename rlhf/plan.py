@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.config import Config
 from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, total_steps
 from rlhf.devices import Devices, find_devices
-from rlhf.fit import complete, note, refusal
+from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
     Memory,
     engine_memory,
@@ -84,7 +84,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         rows=dataset_rows,
         roles=tuple(roles),
         peaks=peaks,
-        notes=tuple(filter(None, [note(config, completed, *room)])),
+        notes=tuple(filter(None, [note(config, completed, *room), warning(config, *room)])),
         refusal=refusal(config, *room),
         devices=devices,
     )

@@ -59,7 +59,7 @@ def start_platform() -> Platform:
         return Platform(
             device=torch.device("cuda", 0),
             backend="nccl",
-            model_settings={"gradient_accumulation_fusion": False},
+            model_settings={"gradient_accumulation_fusion": False, "overlap_p2p_comm": False},  # that is for interleaved stages
             flash_attention=find_spec("flash_attn") is not None,
         )
     cpu.install()
