@@ -12,7 +12,7 @@ class Frozen(MegatronRank):
     def setup(self, master: str) -> RankInfo:
         """Join the group at `master` and build the model, without optimizer."""
         config, role = self.config, self.config.reference
-        with self.progress.doing("setup"):
+        with self.doing("setup"):
             self._start(
                 master,
                 model=role.model or config.model,

@@ -34,7 +34,7 @@ class Policy(MegatronRank):
     def setup(self, master: str) -> RankInfo:
         """Join the group at `master`, build the model, its adapter if asked, and the optimizer."""
         config = self.config
-        with self.progress.doing("setup"):
+        with self.doing("setup"):
             self._start(
                 master,
                 model=config.model,
@@ -83,7 +83,7 @@ class Policy(MegatronRank):
             return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)
 
         assert self.training.scheduler is not None, "schedule(total_steps) was not called"
-        with self.progress.doing(f"train_step {self.step + 1}"):
+        with self.doing(f"train_step {self.step + 1}"):
             batches = pack_micro_batches(
                 shard,
                 fetch_sources(shard),
@@ -119,7 +119,7 @@ class Policy(MegatronRank):
         from actors.megatron.lora import adapter_merged
         from actors.weights.push import push_weights
 
-        with self.progress.doing(f"push_weights {version}"), adapter_merged(self.model):
+        with self.doing(f"push_weights {version}"), adapter_merged(self.model):
             tensors = self.model.export_weights()
             if engines:
                 timeout = self.config.push_timeout
@@ -129,16 +129,16 @@ class Policy(MegatronRank):
                 pass
             return None
 
-    def leave_device(self, weights: bool) -> None:
-        """Make room for engines: gradients are dropped, the optimizer's state leaves with `offload_optimizer`."""
+    def offload(self, weights: bool) -> None:
+        """Gradients are dropped; the optimizer's state leaves with `offload_optimizer`."""
         self.training.module.offload_grad_buffers(empty_cache=False)
         if self.config.offload_optimizer:
             self.optimizer_state.leave(self.training.state_tensors())
-        super().leave_device(weights)
+        super().offload(weights)
 
-    def enter_device(self) -> None:
-        """Bring back what left; gradients are zero."""
-        super().enter_device()
+    def come_back(self) -> None:
+        """Undo `offload`; gradients are zero."""
+        super().come_back()
         self.optimizer_state.come_back()
         self.training.module.restore_grad_buffers()
 
@@ -147,7 +147,7 @@ class Policy(MegatronRank):
         from actors.megatron.checkpoint import save_for_inference, save_state
 
         config, target = self.config, Path(folder)
-        with self.progress.doing(f"save {step}"):
+        with self.doing(f"save {step}"):
             if config.save_safetensors:
                 merge = config.save_safetensors if config.merge_lora is None else config.merge_lora
                 save_for_inference(self.model, target, rank=self.rank, merge=merge)
@@ -164,6 +164,6 @@ class Policy(MegatronRank):
         """Restore what `save` wrote, under this or another layout of ranks; returns the step it was written at."""
         from actors.megatron.checkpoint import load_state
 
-        with self.progress.doing("load"):
+        with self.doing("load"):
             self.step = load_state(self.model, self.training, Path(folder))
             return self.step

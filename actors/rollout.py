@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.device_memory import peak_gib
+from actors.device_memory import memory_explained, peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.step_thread import StepThread
@@ -104,7 +104,8 @@ class RolloutEngine:
 
         def wake() -> None:
             if self.thread.engine.is_sleeping():
-                self.thread.engine.wake_up([tag])
+                with memory_explained(f"waking the engine's {tag}"):
+                    self.thread.engine.wake_up([tag])
             peak_gib()  # from here on that of the next phase
 
         await self.thread.call(wake)
@@ -290,7 +291,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
         "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization or 0.9,  # None where no GPU is shared
+        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
         "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
         "disable_log_stats": True,

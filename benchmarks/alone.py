@@ -48,8 +48,8 @@ class WeightsAlone(Policy):
     """A Megatron rank that only holds weights and pushes them: for models whose optimizer needs more GPUs."""
 
     setup = Frozen.setup
-    leave_device = Frozen.leave_device
-    enter_device = Frozen.enter_device
+    offload = Frozen.offload
+    come_back = Frozen.come_back
 
 
 class EngineAlone:

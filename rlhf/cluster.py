@@ -28,7 +28,7 @@ from rlhf.config import Config
 from rlhf.counts import needs_reference
 from rlhf.data import DataFailure, PromptStream, RowStream
 from rlhf.devices import find_devices
-from rlhf.fit import fit
+from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
@@ -160,15 +160,21 @@ class Cluster:
 
     def _fit(self) -> None:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""
-        gpu_memory = None
-        if "GPU" in self.placement.bundle_specs[0]:
-            look = ray.remote(find_devices).options(**self._on_bundle(0))
-            gpu_memory = self._answer(look.remote(), "looking for the GPUs' memory").memory
-        models = shapes(self.config)
-        self.config = fit(self.config, *models, gpu_memory)
-        if gpu_memory is not None:
-            predicted = phases(self.config, *models, gpu_memory)
-            self.predicted = {f"predicted_gpu_gib_{phase}": size / GIB for phase, size in predicted.items()}
+        given, models = self.config, shapes(self.config)
+        if "GPU" not in self.placement.bundle_specs[0]:
+            if given.offload_model or given.offload_optimizer:
+                print("note: without GPUs there is no other memory to move to: offload_model, offload_optimizer do nothing")
+            self.config = fit(given, *models, None)
+            return
+        devices = self._answer(ray.remote(find_devices).options(**self._on_bundle(0)).remote(), "looking at the GPUs")
+        if not devices.gpus:
+            raise ValueError("Ray counts GPUs on a node where nvidia-smi shows none: install it there, or start Ray without them")
+        room = *models, devices.memory
+        self.config = fit(given, *room)
+        check_host(self.config, *models, devices.host_memory)
+        for text in filter(None, [note(given, self.config, *room), warning(self.config, *room)]):
+            print(f"note: {text}")
+        self.predicted = {f"predicted_gpu_gib_{phase}": size / GIB for phase, size in phases(self.config, *room).items()}
 
     @property
     def _shares_gpus(self) -> bool:

@@ -16,6 +16,7 @@ class Devices:
     gpu_name: str
     memory: int  # bytes: of one GPU, or of the machine without GPUs
     cores: int
+    host_memory: int = 0  # bytes of the machine
 
     @property
     def name(self) -> str:
@@ -25,15 +26,14 @@ class Devices:
 def find_devices() -> Devices:
     """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES lets through; otherwise cores and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    listed = _gpus()
+    listed, host = _gpus(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         listed = listed[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]
     if listed:
         name, memory = listed[0]
-        return Devices(gpus=len(listed), gpu_name=name, memory=memory, cores=cores)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Devices(gpus=0, gpu_name="", memory=memory, cores=cores)
+        return Devices(gpus=len(listed), gpu_name=name, memory=memory, cores=cores, host_memory=host)
+    return Devices(gpus=0, gpu_name="", memory=host, cores=cores, host_memory=host)
 
 
 def _gpus() -> list[tuple[str, int]]:

@@ -20,6 +20,7 @@ from rlhf.memory import (
     engine_memory,
     holdings,
     longest_sequence,
+    offloaded,
     phases,
     responses_at_a_time,
     sequence_cache,
@@ -86,6 +87,16 @@ def note(
     if set(decided) == {"vllm_gpu_memory_utilization"} or config.vllm_gpu_memory_utilization is not None:
         return text
     return f"{text}, whose KV cache is to hold {_wanted_responses(config)} responses of {longest_sequence(config):,} tokens"
+
+
+def check_host(config: Config, shape: ModelShape, reference_shape: ModelShape | None, host_memory: int) -> None:
+    """ValueError when a node has too little host memory (bytes) for what a completed config offloads."""
+    needed = offloaded(config, shape, reference_shape)
+    if needed > host_memory:
+        raise ValueError(
+            f"offloading needs about {_gib(needed)} GiB of a node's host memory, there are {_gib(host_memory)}: give "
+            "offload_model false, offload_optimizer false and a lower vllm_gpu_memory_utilization, or use more nodes"
+        )
 
 
 def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> str | None:

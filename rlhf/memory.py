@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, needs_reference, rollout_engines
+from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
@@ -208,7 +208,7 @@ def holdings(
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
     if not shares_gpus(config):
-        return {"train": train, "push": ranks | gradients | buffers, "generate": engine}
+        return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
     asleep = {"sleeping engine": ENGINE_RESIDUE}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     reference_weights = {"reference weights"} if config.offload_model else set()
@@ -219,6 +219,15 @@ def holdings(
         "push": _without(ranks, optimizer | reference_weights) | asleep | loaded | buffers,
         "generate": _without(ranks, optimizer | reference_weights | policy_weights) | engine,
     }
+
+
+def offloaded(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> int:
+    """Bytes of one node's host memory that what is offloaded takes, of a completed config."""
+    policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
+    size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
+    if reference_shape and config.offload_model:
+        size += reference_memory(config, reference_shape).weights
+    return ranks * size
 
 
 def _without(held: dict[str, int], names: set[str]) -> dict[str, int]:

@@ -15,8 +15,6 @@ import yaml
 
 from rlhf.config import ALL, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
-from rlhf.fit import fit, note, warning
-from rlhf.memory import shapes
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
@@ -64,8 +62,8 @@ def supported() -> dict[str, Option]:
 def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     """The checked config of a command line: parsed, its model found, every default filled in; notes go to stderr.
 
-    `weights` false: nothing will be run, so of a hub id only the JSON files are fetched, and the run need not fit the GPUs.
-    Raises ValueError, one line, for whatever its user must mend.
+    `weights` false: nothing will be run, so of a hub id only the JSON files are fetched. Raises ValueError, one line,
+    for whatever its user must mend.
     """
     config = parse(argv)
     check_parsed(config)
@@ -74,15 +72,9 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
         reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
     folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
     config = replace(config, model=str(folder), reference=reference)
-    devices = find_devices()
-    config = resolve(config, read_shape(folder), gpus_per_node=devices.gpus)
-    notes = validate(config, weights=weights)
-    if weights and devices.gpus:
-        given, room = config, (*shapes(config), devices.memory)
-        config = fit(given, *room)
-        notes += filter(None, [note(given, config, *room), warning(config, *room)])
-    for text in notes:
-        print(f"note: {text}", file=sys.stderr)
+    config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
+    for note in validate(config, weights=weights):
+        print(f"note: {note}", file=sys.stderr)
     return config
 
 

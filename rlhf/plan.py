@@ -14,6 +14,7 @@ from rlhf.memory import (
     engine_memory,
     longest_sequence,
     micro_batch_tokens,
+    offloaded,
     phases,
     policy_memory,
     reference_memory,
@@ -48,6 +49,7 @@ class Plan:
     rows: int | None
     roles: tuple[Role, ...]
     peaks: dict[str, int]  # bytes: of each phase on the fullest GPU; without GPUs {"node": on one node}
+    offloaded: int = 0  # bytes of a node's host memory
     notes: tuple[str, ...] = ()  # what memory decided
     refusal: str | None = None  # why this would not be run
     devices: Devices
@@ -84,6 +86,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         rows=dataset_rows,
         roles=tuple(roles),
         peaks=peaks,
+        offloaded=offloaded(completed, shape, reference_shape) if devices.gpus else 0,
         notes=tuple(filter(None, [note(config, completed, *room), warning(config, *room)])),
         refusal=refusal(config, *room),
         devices=devices,
@@ -208,6 +211,8 @@ def _peak_lines(made: Plan) -> list[str]:
         verdict = "" if made.peaks["node"] <= have else ": too much"
         return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)"]
     lines = [f"  {phase:<22}{_gib(size):>13}{'' if size <= have else '  too much'}" for phase, size in made.peaks.items()]
+    if made.offloaded:
+        lines.append(f"  {'host memory of a node':<22}{_gib(made.offloaded):>13} for what is offloaded")
     lines += [f"  {text}" for text in made.notes]
     refused = ["", f"This would be refused: {made.refusal}"] if made.refusal else []
     return ["", f"Predicted peak of the fullest GPU, GiB of {_gib(have)}", *lines, *refused]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -64,15 +65,15 @@ class RolloutEngines:
         """Wait until every engine is built. RankFailure names one that died or is not ready in call_timeout."""
         if self.starting and self.neighbours:
             self._leave(weights=True)
-            self.starting = {index: self.engines[index].setup.remote() for index in self.starting}
         while self.starting:
+            for index in self.starting:
+                self.starting[index] = self.starting[index] or self.engines[index].setup.remote()
             index, ref = next(iter(self.starting.items()))
             try:
                 self._get(ref, index, "setup", self.config.call_timeout)
             except RayActorError as error:
                 self._count_death(index, "setup", error)
                 self._respawn(index)
-                self.starting[index] = self.engines[index].setup.remote()
             else:
                 del self.starting[index]
 
@@ -107,14 +108,15 @@ class RolloutEngines:
         stop_words. With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at
         once and in order.
         """
-        start = time.monotonic()
+        start, elsewhere = time.monotonic(), self.seconds["push"] + self.seconds["switch"]
         self.setup()
         try:
             yield from Generation(self, prompts, n, {"stop_words": self.stop_words} | dict(sampling or {})).groups()
             peaks, _ = self._ask("peak_gib")
             self.gpu_gib = max((gib for gib in [self.gpu_gib, *peaks] if gib is not None), default=None)
         finally:
-            self.seconds["generate"] += time.monotonic() - start
+            elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # to replace an engine
+            self.seconds["generate"] += time.monotonic() - start - elsewhere
 
     def metrics(self) -> dict[str, Any]:
         """What the log says of the engines: the version they answer for, how often one was replaced, memory in use on GPUs."""
@@ -176,12 +178,13 @@ class RolloutEngines:
             if not dead:
                 raise
             self._replace_dead(dict.fromkeys(dead, error), "push")
-            return None if self.neighbours else self._push_to(indices)
+            return None if self.neighbours else self._push_to(sorted({*indices, *dead}))
         sent = [report for report in reports if report is not None]
         for report in sent:
             if report.version != self.version:
                 raise RankFailure(f"a rollout engine holds version {report.version} after the push of {self.version}")
-        return sent[0]
+        gpus = [report.gpu_gib for report in sent if report.gpu_gib is not None]
+        return replace(sent[0], gpu_gib=max(gpus, default=None))
 
     def _leave(self, *, weights: bool) -> None:
         """The neighbours leave their GPUs to the engines; `weights`: the policy's too, which a push needs there."""

@@ -14,6 +14,9 @@ from rlhf.config import Config
 from rlhf.counts import policy_ranks, rollout_engines, total_steps
 from rlhf.data import DataFailure
 from rlhf.dataset_check import check_dataset
+from rlhf.devices import find_devices
+from rlhf.fit import check_host, fit
+from rlhf.memory import shapes
 from rlhf.reporters import check_reporters
 from rlhf.scoring import ScoringError
 
@@ -27,6 +30,7 @@ def run(config: Config) -> int:
     check_reporters(config.report_to)
     if config.task == "rlhf":
         check_rewards(config)
+    refuse_what_cannot_fit(config)
     folder = run_folder(config)
     checkpoints = Checkpoints(folder, config)
     resumed = checkpoints.find()
@@ -50,6 +54,16 @@ def run(config: Config) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def refuse_what_cannot_fit(config: Config) -> None:
+    """ValueError when the run is for this machine's GPUs and cannot fit them; a cluster's are looked at by `Cluster`."""
+    from rlhf.ray_start import LOCAL, cluster_address
+
+    devices = find_devices()
+    if devices.gpus and cluster_address() == LOCAL:
+        models = shapes(config)
+        check_host(fit(config, *models, devices.memory), *models, devices.host_memory)
 
 
 def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-import rlhf.options
+import rlhf.run
 from rlhf.config import Config
 from rlhf.devices import Devices
 from rlhf.fit import complete, fit, note, refusal, warning
 from rlhf.memory import phases, shapes
 from rlhf.model_folder import read_shape
-from rlhf.options import load_config
 from rlhf.resolution import resolve
+from rlhf.run import refuse_what_cannot_fit
 from tests.model_json import QWEN25_7B, write_model
 
 GIB = 2**30
@@ -78,7 +78,7 @@ def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):
     completed = fit(config, *shapes(config), H200)
     assert decided(completed) == (0.9, False, False)
     peaks = phases(completed, *shapes(config), H200)
-    assert peaks["generate"] == int(0.9 * H200)
+    assert peaks["generate"] == int(0.9 * H200) + 3 * 151936 * 1536 * 2
     assert peaks["push"] == 5 * GIB // 2 + 18 * SMALL + 3 * 151936 * 1536 * 2
     sft = resolve(Config(task="sft", model=config.model, max_length=512, nproc_per_node=1), shapes(config)[0])
     assert list(phases(fit(sft, *shapes(sft), H200), *shapes(sft), H200)) == ["train"]
@@ -197,20 +197,26 @@ def test_changes_are_combined_when_none_is_enough(grpo):
     assert text.startswith("phase train needs about ") and "no change of one kind is enough, combine: micro_batch_tokens 32768; " in text
 
 
-def test_a_command_on_gpus_is_fitted_before_anything_starts(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "m", QWEN25_1_5B)
-    (tmp_path / "d.jsonl").write_text("{}\n")
-    gpu = Devices(gpus=1, gpu_name="NVIDIA H200", memory=H200, cores=8)
-    monkeypatch.setattr(rlhf.options, "find_devices", lambda: gpu)
-    words = "rlhf --rlhf_type grpo --model m --dataset d.jsonl --reward_funcs accuracy --train_iters 1 --beta 0 --max_length 256".split()
-    assert decided(load_config(words)) == (0.81, False, False)
-    assert capsys.readouterr().err == (
-        "note: vllm_gpu_memory_utilization 0.81: the policy keeps 22.6 GiB of each GPU's 140.4 GiB while the engine generates\n"
-    )
-    monkeypatch.setattr(rlhf.options, "find_devices", lambda: replace(gpu, memory=8 * GIB))
+def test_a_command_for_this_machine_is_refused_before_anything_starts(monkeypatch, grpo):
+    gpu = Devices(gpus=1, gpu_name="NVIDIA H200", memory=H200, cores=8, host_memory=64 * GIB)
+    config = grpo(offload_optimizer=True)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(rlhf.run, "find_devices", lambda: gpu)
+    refuse_what_cannot_fit(config)
+    monkeypatch.setattr(rlhf.run, "find_devices", lambda: replace(gpu, memory=8 * GIB))
     with pytest.raises(ValueError, match=r"phase train needs about .* GiB of a GPU's 8.0 GiB"):
-        load_config(words)
-    assert decided(load_config(words, weights=False)) == (None, None, None)
-    monkeypatch.setattr(rlhf.options, "find_devices", lambda: replace(gpu, gpus=0))
-    assert decided(load_config(words)) == (None, None, None)
+        refuse_what_cannot_fit(config)
+    monkeypatch.setattr(rlhf.run, "find_devices", lambda: replace(gpu, host_memory=16 * GIB))
+    with pytest.raises(ValueError, match="offloading needs about 17.3 GiB of a node's host memory, there are 16.0: give offload_model"):
+        refuse_what_cannot_fit(config)
+    monkeypatch.setattr(rlhf.run, "find_devices", lambda: replace(gpu, gpus=0, memory=8 * GIB))
+    refuse_what_cannot_fit(config)
+
+
+def test_the_note_says_what_was_decided(grpo):
+    config = grpo()
+    completed = fit(config, *shapes(config), H200)
+    assert decided(completed) == (0.81, False, False)
+    assert note(config, completed, *shapes(config), H200) == (
+        "vllm_gpu_memory_utilization 0.81: the policy keeps 22.6 GiB of each GPU's 140.4 GiB while the engine generates"
+    )

@@ -60,6 +60,9 @@ class Sender:
         from actors.weights.push import push_weights
 
         weights, tamper = load_file(self.folder / "model.safetensors"), self.tamper
+        if tamper == "engine killed":
+            self.tamper = ""
+            ray.kill(engines[0])
         if tamper == "missing":
             del weights["model.norm.weight"]
         if tamper == "unknown":
@@ -219,6 +222,62 @@ def test_an_engine_that_died_asleep_is_replaced_by_the_next_push(by_turns, polic
     push(by_turns, policy, models["a"])
     assert by_turns.restarts == before + 1
     assert logprob_error(hugging_face(models["a"]), list(by_turns.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_in_a_push_by_turns_is_replaced_with_the_others(by_turns, policy, models) -> None:
+    before, engines = by_turns.restarts, list(by_turns.engines)
+    by_turns.make_room(policy)
+    push(by_turns, policy, models["a"], "engine killed")
+    assert by_turns.restarts == before + 1
+    assert not set(engines) & set(by_turns.engines)
+    assert logprob_error(hugging_face(models["a"]), list(by_turns.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_engine_that_dies_generating_by_turns_costs_the_others_their_requests(
+    by_turns, policy, models, monkeypatch, deterministic
+) -> None:
+    monkeypatch.setattr(by_turns, "config", replace(by_turns.config, deterministic=deterministic))
+    by_turns.make_room(policy)
+    push(by_turns, policy, models["a"])
+    before, groups = by_turns.restarts, by_turns.generate(some_prompts(64), n=4, sampling={"max_completion_length": 64})
+    first = next(groups)
+    ray.kill(by_turns.engines[0])
+    groups = [first, *groups]
+    assert sorted(group.prompt.index for group in groups) == list(range(64))
+    assert by_turns.restarts == before + 1
+    assert logprob_error(hugging_face(models["a"]), groups) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_engine_that_dies_in_its_setup_is_replaced_and_set_up_once(local_ray, policy, models, shared) -> None:
+    class Counting(RolloutEngine):
+        setups = 0
+
+        async def setup(self) -> int:
+            self.setups += 1
+            return await super().setup()
+
+        async def count(self) -> int:
+            return self.setups
+
+    spawned = []
+
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(Counting).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
+        spawned.append(kind.remote(settings(models["a"]), index=index))
+        if len(spawned) == 1:
+            ray.kill(spawned[0])
+        return spawned[-1]
+
+    engines = RolloutEngines(spawn, num_engines=1, config=settings(models["a"]), neighbours=[policy] if shared else [])
+    engines.setup()
+    assert len(spawned) == 2 and engines.restarts == 1
+    assert ray.get(spawned[1].count.remote()) == 1
+    ray.kill(spawned[1])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -29,12 +29,12 @@ class Offload:
         if self.away:
             return
         here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == self.platform.device.type]
-        by_address = {storage.data_ptr(): storage for storage in here}  # views share one
-        self.away = [(storage, storage.nbytes()) for storage in by_address.values() if storage.nbytes()]
-        size = sum(length for _, length in self.away)
-        if self.host is None or self.host.numel() < size:
+        by_address = {storage.data_ptr(): storage for storage in here if storage.nbytes()}  # views share one
+        size = sum(storage.nbytes() for storage in by_address.values())
+        if size and (self.host is None or self.host.numel() < size):
             self.host = None  # give its memory back before taking more
             self.host = self.platform.host_memory(size)
+        self.away = [(storage, storage.nbytes()) for storage in by_address.values()]
         for source, target in self._pairs():
             target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()

@@ -33,7 +33,10 @@ class Platform:
         """uint8 [size] in host memory, page-locked where a GPU copies to and from it. MemoryError when that is refused."""
         import torch
 
-        memory = torch.empty(size, dtype=torch.uint8)
+        try:
+            memory = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise MemoryError(f"{size / 2**30:.1f} GiB of host memory for offloading: {error}") from error
         if self.device.type == "cuda":
             runtime, address = torch.cuda.cudart(), memory.data_ptr()
             if (status := runtime.cudaHostRegister(address, size, 0)) != runtime.cudaError.success:

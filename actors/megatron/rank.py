@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.device_memory import peak_gib
+from actors.device_memory import memory_explained, peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
 from rlhf.records import RankInfo, Shard
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from actors.megatron.micro_batch import PackedMicroBatch
     from actors.megatron.model import Model
+
+
+MEMORY_RETURNS = 15.0  # seconds after which the driver has freed the memory of a process that died
 
 
 class MegatronRank:
@@ -58,7 +63,7 @@ class MegatronRank:
         from actors.megatron.micro_batch import fetch_sources, pack_micro_batches, split_logprobs
         from actors.megatron.parallel import returns_results
 
-        with self.progress.doing("logprobs"):
+        with self.doing("logprobs"):
             assert not reference or self.model.has_adapter, "only a model with an adapter can be its own reference"
             batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
             with adapter_disabled(self.model) if reference else nullcontext():
@@ -72,16 +77,38 @@ class MegatronRank:
 
     def leave_device(self, weights: bool) -> None:
         """Make room for engines on the same device; with `weights` also those of the model, if `offload_model`."""
-        with self.progress.doing("leave_device"):
-            if weights and self.config.offload_model:
-                self.weights.leave(chain(self.model.module.parameters(), self.model.module.buffers()))
+        with self.doing("leave_device"):
+            self.offload(weights)
             self.platform.release_memory()
             peak_gib()  # from here on that of the next phase
 
     def enter_device(self) -> None:
-        """Bring back what left."""
-        with self.progress.doing("enter_device"):
-            self.weights.come_back()
+        """Bring back what left. An engine that has just died may still hold memory: that is waited for."""
+        deadline = time.monotonic() + MEMORY_RETURNS
+        with self.doing("enter_device"):
+            while True:
+                try:
+                    return self.come_back()
+                except RuntimeError as error:
+                    if "out of memory" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    self.platform.release_memory()
+                    time.sleep(0.5)
+
+    def offload(self, weights: bool) -> None:
+        """Move to host memory what is to leave."""
+        if weights and self.config.offload_model:
+            self.weights.leave(chain(self.model.module.parameters(), self.model.module.buffers()))
+
+    def come_back(self) -> None:
+        """Undo `offload`; after it has failed it can be called again."""
+        self.weights.come_back()
+
+    @contextmanager
+    def doing(self, phase: str) -> Iterator[None]:
+        """Name what goes on for `report`; too little memory then becomes a ValueError."""
+        with self.progress.doing(phase), memory_explained(f"{type(self).__name__.lower()} rank {self.rank}, {phase}"):
+            yield
 
     @property
     def multiple(self) -> int:

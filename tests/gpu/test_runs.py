@@ -67,6 +67,7 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     command.wait_until((work / "killed" / "checkpoint-8").exists, process, log=log)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (work / "killed" / "checkpoint-16").exists()
     status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
     assert status == 0, output[-4000:]
     runs = [
