@@ -142,7 +142,7 @@ class Cluster:
         bundle = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
             bundle["GPU"] = 1
-        for kind, each in bundle.items():
+        for kind, each in sorted(bundle.items(), reverse=True):  # GPUs first
             have = ray.cluster_resources().get(kind, 0)
             if have < each * count:
                 raise ValueError(

@@ -242,13 +242,13 @@ def test_an_engine_that_dies_generating_by_turns_costs_the_others_their_requests
     monkeypatch.setattr(by_turns, "config", replace(by_turns.config, deterministic=deterministic))
     by_turns.make_room(policy)
     push(by_turns, policy, models["a"])
-    before, groups = by_turns.restarts, by_turns.generate(some_prompts(64), n=4, sampling={"max_completion_length": 64})
+    before, groups = by_turns.restarts, by_turns.generate(some_prompts(200), n=4, sampling={"max_completion_length": 128})
     first = next(groups)
     ray.kill(by_turns.engines[0])
     groups = [first, *groups]
-    assert sorted(group.prompt.index for group in groups) == list(range(64))
+    assert sorted(group.prompt.index for group in groups) == list(range(200))
     assert by_turns.restarts == before + 1
-    assert logprob_error(hugging_face(models["a"]), groups) <= TOLERANCE
+    assert logprob_error(hugging_face(models["a"]), groups[:20] + groups[-20:]) <= TOLERANCE
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 from statistics import fmean
 
 import command
@@ -22,6 +23,11 @@ def gpu_gib() -> float:
     """In use on the first GPU."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024
+
+
+def repeated(folder: Path) -> list[dict]:
+    """The metrics of a run that are the same when it is made again."""
+    return [{name: value for name, value in row.items() if not NOT_REPEATED.fullmatch(name)} for row in command.metrics(folder)]
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
@@ -70,13 +76,26 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     assert not (work / "killed" / "checkpoint-16").exists()
     status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
     assert status == 0, output[-4000:]
-    runs = [
-        [{name: value for name, value in row.items() if not NOT_REPEATED.fullmatch(name)} for row in command.metrics(work / name)]
-        for name in ("offloaded", "killed")
-    ]
-    assert runs[0] == runs[1]
+    assert repeated(work / "offloaded") == repeated(work / "killed")
     weights = [(work / name / "checkpoint-16" / "model.safetensors").read_bytes() for name in ("offloaded", "killed")]
     assert weights[0] == weights[1]
+
+
+def test_tensor_parallel_ranks_push_to_an_engine_each(gpu_ray, work, taught):
+    """TP2 with a reference, and two engines; with and without offloading, bit for bit."""
+    options = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true", "beta": 0.04}
+    options |= {"deterministic": "true", "train_iters": 8, "rollout.num_engines": 2, "steps_per_generation": 1}
+    runs = []
+    for offload in ("true", "false"):
+        name = f"tp2-{offload}"
+        words = demo("rlhf", taught, work, name, offload_model=offload, offload_optimizer=offload, **options)
+        status, output = command.run(*words, log=work / f"{name}.log", address=gpu_ray)
+        assert status == 0, output[-4000:]
+        runs.append(repeated(work / name))
+    assert runs[0] == runs[1]
+    assert max(row["rollout_train_logprob_diff"] for row in runs[0]) <= 0.03
+    assert runs[0][0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy is the reference still
+    assert runs[0][-1]["kl"] > 1e-4
 
 
 def test_too_few_gpus_are_refused_in_one_line(gpu_ray, work, taught):
