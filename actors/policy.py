@@ -133,7 +133,7 @@ class Policy(MegatronRank):
         """Gradients are dropped; the optimizer's state leaves with `offload_optimizer`."""
         self.training.module.offload_grad_buffers(empty_cache=False)
         if self.config.offload_optimizer:
-            self.optimizer_state.leave(self.training.state_tensors())
+            self.optimizer_state.leave(self.training.state_tensors(), later=self.training.moment_bytes())
         super().offload(weights)
 
     def come_back(self) -> None:

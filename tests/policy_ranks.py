@@ -99,6 +99,10 @@ class PolicyHost:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.held, method)(*args)
 
+    def host_bytes(self) -> int:
+        """Of the host memory that the optimizer's state goes to."""
+        return self.held.optimizer_state.host.numel()
+
     def bytes_held(self) -> dict[str, int]:
         """Of the storages that weights, gradients and the optimizer's state are on."""
         training = self.held.training

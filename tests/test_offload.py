@@ -25,6 +25,11 @@ def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+def host_bytes(group) -> list[int]:
+    """Host memory that each rank keeps for its optimizer's state."""
+    return ray.get([actor.host_bytes.remote() for actor in group.actors])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_path, layout):
     rows = random_rows(ROWS)
@@ -34,12 +39,18 @@ def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_pat
         options = {"offload_model": offload, "offload_optimizer": offload}
         group = hosts.start(policy_config(model, deterministic=True, **LAYOUTS[layout], **options), 2)
         shards = shards_of(rows, source, SPLITS[group.data_size])
-        results = [group.train_step(shards, nll_loss)]  # the optimizer now has moments
+        reserved = []
+        if offload:  # before the optimizer has moments
+            group.call("leave_device", True)
+            reserved = host_bytes(group)
+            group.call("enter_device")
+        results = [group.train_step(shards, nll_loss)]
         before = ray.get(group.actors[0].bytes_held.remote())
         if offload:
             group.call("leave_device", False)
             during = ray.get(group.actors[0].bytes_held.remote())
             assert during["weights"] == before["weights"] > 0 and during["gradients"] == during["optimizer"] == 0
+            assert reserved == host_bytes(group), "the moments did not fit the memory that was reserved for them"
             group.call("leave_device", True)
             group.call("leave_device", True)  # again: nothing happens
             assert ray.get(group.actors[0].bytes_held.remote())["weights"] == 0

@@ -22,8 +22,11 @@ class Offload:
         self.host: torch.Tensor | None = None  # uint8, kept: to lock its pages takes seconds
         self.away: list[tuple[torch.UntypedStorage, int]] = []  # and the bytes of each
 
-    def leave(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Move the storages of `tensors` to host memory; until `come_back` nothing may touch them. Nothing if away."""
+    def leave(self, tensors: Iterable[torch.Tensor], *, later: int = 0) -> None:
+        """Move the storages of `tensors` to host memory; until `come_back` nothing may touch them. Nothing if away.
+
+        `later`: bytes that will come with them another time.
+        """
         import torch
 
         if self.away:
@@ -31,9 +34,9 @@ class Offload:
         here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == self.platform.device.type]
         by_address = {storage.data_ptr(): storage for storage in here if storage.nbytes()}  # views share one
         size = sum(storage.nbytes() for storage in by_address.values())
-        if size and (self.host is None or self.host.numel() < size):
+        if size + later and (self.host is None or self.host.numel() < size):
             self.host = None  # give its memory back before taking more
-            self.host = self.platform.host_memory(size)
+            self.host = self.platform.host_memory(size + later)
         self.away = [(storage, storage.nbytes()) for storage in by_address.values()]
         for source, target in self._pairs():
             target.copy_(source, non_blocking=True)

@@ -23,16 +23,25 @@ class Training:
     has_state: bool = False  # the optimizer has moments: after the first update, or a load
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
-        """What the optimizer holds beside the model: master weights and moments."""
+        """What the optimizer holds beside the model: master weights, and from the first update on two moments of each."""
         import torch
 
         weights = {weight.untyped_storage().data_ptr() for weight in self.module.parameters()}
-        for optimizer in self.optimizer.chained_optimizers:
-            masters = [master for group in optimizer.optimizer.param_groups for master in group["params"]]
-            moments = [value for state in optimizer.optimizer.state.values() for value in state.values()]
-            for tensor in masters + moments:
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
-                    yield tensor
+        moments = [value for state in self._states() for value in state.values() if isinstance(value, torch.Tensor)]
+        for tensor in [*self._masters(), *moments]:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                yield tensor
+
+    def moment_bytes(self) -> int:
+        """At most what the moments take, and a step count of each weight, that are not there before the first update."""
+        return 0 if self.has_state else sum(2 * master.nbytes + 8 for master in self._masters())
+
+    def _masters(self) -> list[torch.Tensor]:
+        groups = [group for optimizer in self.optimizer.chained_optimizers for group in optimizer.optimizer.param_groups]
+        return [master for group in groups for master in group["params"]]
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [state for optimizer in self.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
 
     def zero_gradients(self) -> None:
         self.module.zero_grad_buffer()
