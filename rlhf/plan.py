@@ -10,6 +10,7 @@ from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, 
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
+    GIB,
     Memory,
     engine_memory,
     longest_sequence,
@@ -22,8 +23,6 @@ from rlhf.memory import (
     shapes,
 )
 from rlhf.model_folder import ModelShape
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
