@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from rlhf.config import PAIRED
 
 PASSED_ON = (
     "messages",
@@ -23,18 +26,40 @@ PASSED_ON = (
 )  # what a template reads of a row; reward columns must not reach it
 MEDIA = ("images", "videos", "audios")
 UNLIMITED = 1 << 40  # the template never truncates: `Encoder` does, and counts
+TOO_LONG = "longer than max_length"  # reasons to leave a row out
+UNTRAINED = "without a token to train on"
+EMPTY = "with an empty response"
+EQUAL = "with two equal answers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """What the model reads at a time."""
+
+    token_ids: np.ndarray  # [L] int32
+    loss_mask: np.ndarray  # [L] float32: how much the prediction of this token counts
+    targets: tuple[float, ...] = ()  # what the loss wants beside the tokens: kto, 1 for desirable; rm, the margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a dataset: one sequence, or the chosen and the rejected one of a pair."""
+
+    sequences: tuple[Sequence, ...]
+    truncated: bool
 
 
 class Encoder:
-    """Encodes dataset rows: prompts without their answer (`prompts_only`), or whole rows with a loss mask."""
+    """Encodes dataset rows for a task: prompts without their answer (grpo), or whole conversations with loss masks."""
 
-    def __init__(self, config: Any, *, prompts_only: bool):
+    def __init__(self, config: Any):
         from swift.template import get_template
 
         processor = _load_processor(config)
-        self.prompts_only = prompts_only
+        self.task = config.task
+        self.prompts_only = prompts_only = config.task == "grpo"
         self.limit = config.max_length or processor.model_info.max_model_len
-        if config.packing and config.packing_length and not prompts_only:
+        if config.packing and config.packing_length:
             self.limit = min(self.limit, config.packing_length)
         self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
         self.template = get_template(
@@ -44,11 +69,12 @@ class Encoder:
             template_type=config.template or _own_template(processor, config.template_backend),
             loss_scale=config.loss_scale or "default",
             template_backend=config.template_backend,
+            use_chat_template=config.task != "pt",
         )
         self.template.set_mode("vllm" if prompts_only else "train")
         self.tokenizer = self.template.tokenizer
         unknown_model = self.template.template_meta.template_type == "dummy"
-        self.jinja = config.template_backend == "jinja" or unknown_model
+        self.jinja = config.task != "pt" and (config.template_backend == "jinja" or unknown_model)
         if self.jinja and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {config.model} has no chat template: give --template chatml, or another of "
@@ -67,42 +93,77 @@ class Encoder:
         first = [min((t for t in special if t in end), key=end.index, default=None) for end in ends]
         return tuple(dict.fromkeys(token for token in first if token is not None))
 
-    def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool] | None:
-        """Token ids [L] int32, loss mask [L] float32 (all 0 for a prompt), whether it was cut. None: too long, dropped.
+    def encode(self, row: dict[str, Any]) -> Row | str:
+        """The row's sequences; or the reason why it is left out.
 
         Raises:
             ValueError: it cannot be encoded, or is too long under `truncation_strategy raise`.
         """
         if any(row.get(key) for key in MEDIA):
             raise ValueError("images, videos and audio are not supported: text rows only")
-        conversation = {key: row[key] for key in PASSED_ON if row.get(key)}
+        conversations = self._conversations(row)
+        if isinstance(conversations, str):
+            return conversations
+        sequences, truncated = [], False
+        for messages, targets in conversations:
+            ids, mask = self._tokens({key: row[key] for key in PASSED_ON if row.get(key)} | {"messages": messages})
+            truncated |= len(ids) > self.limit
+            fitting = self._fit(ids, mask)
+            if fitting is None:
+                return TOO_LONG
+            ids, mask = fitting
+            if not self.prompts_only and not mask.any():
+                return UNTRAINED
+            sequences.append(Sequence(token_ids=ids, loss_mask=mask, targets=targets))
+        return Row(sequences=tuple(sequences), truncated=truncated)
+
+    def _conversations(self, row: dict[str, Any]) -> list[tuple[list[dict[str, Any]], tuple[float, ...]]] | str:
+        """The conversations that make a row's sequences, each with its targets; or why the row is left out."""
+        messages = row["messages"]
         if self.prompts_only:
-            conversation["messages"] = without_answer(row["messages"])
+            return [(without_answer(messages), ())]
+        if _is_empty(messages):
+            return EMPTY
+        if self.task == "kto":
+            return [(messages, (float(_label(row)),))]
+        if self.task not in PAIRED:
+            return [(messages, ())]
+        rejected = _rejected(row)
+        if _is_empty(rejected):
+            return EMPTY
+        if rejected == messages:
+            return EQUAL
+        margin = (float(row.get("margin") or 0.0),)
+        return [(messages, margin), (rejected, margin)]
+
+    def _tokens(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt)."""
+        if self.prompts_only:
             ids = np.array(self.template.encode(conversation)["input_ids"], np.int32)
-            mask = np.zeros(len(ids), np.float32)
-        elif self.jinja:
-            ids, mask = self._encode_with_chat_template(conversation)
-        else:
-            ids, mask = self._encode_with_template(conversation)
-        return self._fit(ids, mask)
+            return ids, np.zeros(len(ids), np.float32)
+        if self.jinja:
+            return self._encode_with_chat_template(conversation)
+        return self._encode_with_template(conversation)
 
     def warnings(self, row: dict[str, Any]) -> Iterator[str]:
         """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
         if self.jinja or not self.prompts_only or not self.tokenizer.chat_template:
             return
         encoded = self.encode(row)
-        if encoded is None or encoded[2]:
+        if isinstance(encoded, str) or encoded.truncated:
             return
+        ids = encoded.sequences[0].token_ids.tolist()
         text = self._render(self._with_system(without_answer(row["messages"])), row, add_generation_prompt=True)
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if encoded[0].tolist() != own:
+        if ids != own:
             yield (
                 f"ms-swift's template {self.template.template_meta.template_type} ends a prompt with "
-                f"{self.tokenizer.decode(encoded[0].tolist())[-80:]!r}, the tokenizer's own chat template with "
+                f"{self.tokenizer.decode(ids)[-80:]!r}, the tokenizer's own chat template with "
                 f"{self.tokenizer.decode(own)[-80:]!r}: --template_backend jinja takes the tokenizer's"
             )
 
-    def _fit(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    def _fit(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """At most max_length tokens; None: too many, and not to be cut."""
         long = len(ids) > self.limit
         if long and self.strategy == "delete":
             return None
@@ -116,7 +177,7 @@ class Encoder:
             ids, mask = ids[part], mask[part]
         if len(mask):
             mask[0] = 0  # nothing comes before the first token that could predict it
-        return ids, mask, long
+        return ids, mask
 
     def _encode_with_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.template.encode(conversation)
@@ -194,6 +255,30 @@ def without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(message["role"] == "user" for message in messages[:end]):
         raise ValueError("no user message is left once the trailing answer is removed")
     return messages[:end]
+
+
+def _is_empty(messages: list[dict[str, Any]]) -> bool:
+    """Whether the conversation ends with an answer that says nothing."""
+    last = messages[-1]
+    return last["role"] == "assistant" and not str(last["content"]).strip()
+
+
+def _label(row: dict[str, Any]) -> bool:
+    label = row.get("label")
+    if label not in (True, False):  # 0 and 1 too
+        raise ValueError(f"`label` must be true or false, not {label!r}")
+    return bool(label)
+
+
+def _rejected(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rejected conversation: `rejected_messages`, or `messages` with another last answer, `rejected_response`."""
+    if row.get("rejected_messages"):
+        return row["rejected_messages"]
+    answer = row.get("rejected_response")
+    if answer is None:
+        raise ValueError("neither `rejected_response` nor `rejected_messages`")
+    prompt = without_answer(row["messages"])
+    return [*prompt, {"role": "assistant", "content": answer}] if isinstance(answer, str) else [*prompt, *answer]
 
 
 def _is_trained(message: dict[str, Any], loss_scale: Any, *, after_last_user: bool) -> bool:

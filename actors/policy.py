@@ -63,40 +63,29 @@ class Policy(MegatronRank):
         self.training.scheduler = make_scheduler(self.training.optimizer, self.config, total_steps)
 
     def train_step(
-        self, shard: Shard, loss: Loss, old: list[ObjectRef] | None = None, ref: list[ObjectRef] | None = None
+        self,
+        shard: Shard,
+        loss: Loss,
+        old: list[ObjectRef] | None = None,
+        ref: list[ObjectRef] | None = None,
+        batch_values: list[ObjectRef] | None = None,
     ) -> dict[str, float] | None:
-        """One optimizer step on the shards of all data ranks; `old` and `ref` are results of `logprobs`.
+        """One optimizer step on the shards of all data ranks.
 
-        Metrics are the same on every rank that returns some: those of `loss` (sums over micro batches and data ranks; names
-        that start with max_ are maxima), loss, grad_norm, lr, where there are rollout logprobs their mean and maximal difference
-        from the policy's, and on GPUs the most memory in use on any since the last step. Raises FloatingPointError when the
-        loss or the gradient norm is not finite.
+        `old` and `ref` are results of `logprobs`, `batch_values` of `sequence_values`. Metrics are the same on every rank that
+        returns some: those of `loss` (sums over micro batches and data ranks; names that start with max_ are maxima), loss,
+        grad_norm, lr, where there are rollout logprobs their mean and maximal difference from the policy's, and on GPUs the most
+        memory in use on any since the last step. Raises FloatingPointError when the loss or the gradient norm is not finite.
         """
-        from actors.megatron.forward_backward import run_micro_batches
-        from actors.megatron.metrics import largest_of_ranks, reduce_metrics, rollout_difference
-        from actors.megatron.micro_batch import fetch_logprobs, fetch_sources, pack_micro_batches
+        from actors.megatron.metrics import largest_of_ranks
         from actors.megatron.parallel import returns_results
-
-        def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs = self._next_token_logprobs(logits, micro_batch)
-            value, metrics = loss(logprobs, micro_batch.batch)
-            return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)
 
         assert self.training.scheduler is not None, "schedule(total_steps) was not called"
         with self.doing(f"train_step {self.step + 1}"):
-            batches = pack_micro_batches(
-                shard,
-                fetch_sources(shard),
-                device=self.platform.device,
-                multiple=self.multiple,
-                old=fetch_logprobs(old),
-                ref=fetch_logprobs(ref),
-            )
             self.training.zero_gradients()
-            by_micro_batch = run_micro_batches(self.module, batches, output_loss, backward=True)
+            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, backward=True)
             grad_norm, lr = self.training.update()
             self.step += 1
-            metrics = reduce_metrics(by_micro_batch) if by_micro_batch else {}
             metrics |= {"grad_norm": grad_norm, "lr": lr}
             if (peak := peak_gib()) is not None:
                 metrics["max_gpu_gib_train"] = largest_of_ranks(peak, self.platform.device)
@@ -105,6 +94,34 @@ class Policy(MegatronRank):
                 values = ", ".join(f"{name} {metrics[name]}" for name in broken)
                 raise FloatingPointError(f"optimizer step {self.step}, policy rank {self.rank}: {values}")
             return metrics if returns_results() else None
+
+    def evaluate(
+        self,
+        shard: Shard,
+        loss: Loss,
+        old: list[ObjectRef] | None = None,
+        ref: list[ObjectRef] | None = None,
+        batch_values: list[ObjectRef] | None = None,
+    ) -> dict[str, float] | None:
+        """The metrics that `train_step` would give of these shards' loss, with the weights as they are."""
+        from actors.megatron.parallel import returns_results
+
+        with self.doing(f"evaluate after step {self.step}"):
+            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, backward=False)
+            return metrics if returns_results() else None
+
+    def _run(self, batches: list[PackedMicroBatch], loss: Loss, *, backward: bool) -> dict[str, float]:
+        """The metrics of the global batch; none but on the last pipeline stage."""
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.metrics import reduce_metrics, rollout_difference
+
+        def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs = self._next_token_logprobs(logits, micro_batch)
+            value, metrics = loss(logprobs, micro_batch.batch)
+            return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)
+
+        by_micro_batch = run_micro_batches(self.module, batches, output_loss, backward=backward)
+        return reduce_metrics(by_micro_batch) if by_micro_batch else {}
 
     @cached_property
     def transport(self) -> Transport:

@@ -25,7 +25,7 @@ from actors.policy import Policy
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
 from rlhf.config import Config
-from rlhf.counts import needs_reference
+from rlhf.counts import needs_reference, samples
 from rlhf.data import DataFailure, PromptStream, RowStream
 from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
@@ -96,11 +96,11 @@ class Cluster:
         dataset = data_worker.setup.remote()
         policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
         reference = rollout = scorer = None
-        if config.task == "rlhf":
+        if needs_reference(config):
+            ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
+            reference = RankGroup("reference", ranks, timeout=config.call_timeout)
+        if samples(config):
             scorer = self.scorer = Scorer(self._reward_worker, config)
-            if needs_reference(config):
-                ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
-                reference = RankGroup("reference", ranks, timeout=config.call_timeout)
             rollout = self._rollout([ranks for ranks in (policy, reference) if ranks is not None])
         policy.setup()
         if reference is not None:
@@ -110,11 +110,17 @@ class Cluster:
         if scorer is not None:
             rollout.setup()
             scorer.wait_until_ready()
-        stream = RowStream if config.task == "sft" else PromptStream
+        stream = PromptStream if config.task == "grpo" else RowStream
         if rollout is not None:
             rollout.stop_words += info.end_tokens
         ahead = config.dataloader_num_workers > 0
-        data = stream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout, ahead=ahead)
+        data = stream(
+            data_worker,
+            num_rows=info.num_rows,
+            timeout=config.call_timeout,
+            ahead=ahead,
+            evaluation_rows=info.evaluation_rows,
+        )
         return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
 
     def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
@@ -199,7 +205,7 @@ class Cluster:
 
     @property
     def _server_mode(self) -> bool:
-        return self.config.task == "rlhf" and self.config.vllm_mode == "server"
+        return samples(self.config) and self.config.vllm_mode == "server"
 
     def _ranks(self, kind: type, count: int) -> list[Any]:
         return [

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-ALL = ("sft", "rlhf")
-RLHF = ("rlhf",)
-SFT = ("sft",)
+GRPO = ("grpo",)
+SAMPLED = ("grpo", "gkd")  # tasks whose responses come from rollout engines
+TEXTS = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose dataset says which tokens are trained
+REFERRED = ("grpo", "dpo", "kto")  # tasks with a reference
+PAIRED = ("dpo", "rm")  # tasks whose rows are two answers to one question
+ROWS = ("pt", "sft", "dpo", "kto", "rm", "gkd")  # tasks that train on the dataset's rows
+Task = Literal["pt", "sft", "dpo", "kto", "rm", "gkd", "grpo"]
+ALL: tuple[Task, ...] = get_args(Task)
+
+GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+DPO_LOSSES = (
+    "sigmoid", "robust", "exo_pair", "hinge", "ipo", "bco_pair", "sppo_hard", "nca_pair", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft",
+)  # fmt: skip
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 
 def option(
@@ -33,16 +45,22 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-rlhf = partial(option, tasks=RLHF)
+rows = partial(option, tasks=ROWS)
+grpo = partial(option, tasks=GRPO)
+sampled = partial(option, tasks=SAMPLED)
+dpo = partial(option, tasks=("dpo",))
+kto = partial(option, tasks=("kto",))
 own = partial(option, own=True)
-own_rlhf = partial(option, tasks=RLHF, own=True)
+own_grpo = partial(option, tasks=GRPO, own=True)
+own_sampled = partial(option, tasks=SAMPLED, own=True)
+own_referred = partial(option, tasks=REFERRED, own=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRole:
     """Rollout engines (rollout.NAME)"""
 
-    num_engines: int | None = own_rlhf(
+    num_engines: int | None = own_sampled(
         None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; server: 1)", least=1
     )
 
@@ -51,10 +69,10 @@ class RolloutRole:
 class FrozenRole:
     """Reference (reference.NAME)"""
 
-    model: str | None = own_rlhf(None, "its model (default: the policy's)")
-    tensor_model_parallel_size: int | None = own_rlhf(None, "its TP size (default: the policy's)", least=1)
-    pipeline_model_parallel_size: int | None = own_rlhf(None, "its PP size (default: the policy's)", least=1)
-    nproc: int | None = own_rlhf(None, "its ranks (default: the policy's)", least=1)
+    model: str | None = own_referred(None, "its model (default: the policy's)")
+    tensor_model_parallel_size: int | None = own_referred(None, "its TP size (default: the policy's)", least=1)
+    pipeline_model_parallel_size: int | None = own_referred(None, "its PP size (default: the policy's)", least=1)
+    nproc: int | None = own_referred(None, "its ranks (default: the policy's)", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +96,22 @@ class DataOptions:
     dataset: list[str] = option([], "files or hub ids, each with an optional #ROWS")
     max_length: int | None = option(
         None,
-        "longest row, or prompt, in tokens (default: the model's limit; rlhf: less max_completion_length)",
+        "longest row, or prompt, in tokens (default: the model's limit; grpo: less max_completion_length)",
         least=1,
     )
     truncation_strategy: Literal["delete", "left", "right"] | None = option(
         None, "rows longer than max_length are dropped or cut (default: left for grpo, delete otherwise)"
     )
     loss_scale: str | None = option(
-        None, "which tokens are trained: default, last_round, all, ... (default: default)", tasks=SFT
+        None, "which tokens are trained: default, last_round, all, ... (default: sft: default; pt: all; else last_round)",
+        tasks=TEXTS,
     )
     packing: bool = option(
-        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=SFT
+        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=ROWS
     )
-    packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=SFT, least=1)
+    packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=ROWS, least=1)
+    val_dataset: list[str] = rows([], "files or hub ids to evaluate on, every eval_steps")
+    split_dataset_ratio: float = rows(0.0, "share of the rows kept from training, to evaluate on", least=0, most=0.9)
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
     data_seed: int = option(42, "seed of the order of the rows")
     dataset_num_proc: int = option(1, "processes that read and map the dataset at the start", least=1)
@@ -120,12 +141,14 @@ class BatchOptions:
     """Batches and length of the run"""
 
     micro_batch_size: int = option(1, "sequences of one forward pass on one DP rank", least=1)
-    global_batch_size: int = option(16, "responses (rlhf) or rows (sft) of one optimizer step, over all ranks", least=1)
+    global_batch_size: int = option(16, "responses (grpo), pairs (dpo, rm) or rows of an optimizer step, on all ranks", least=1)
     micro_batch_tokens: int | None = own(
         None, "token budget of a packed micro batch (default: micro_batch_size sequences instead)", least=1
     )
     train_iters: int | None = option(None, "optimizer steps", least=1)
     num_train_epochs: int | None = option(None, "passes over the dataset; wins over train_iters", least=1)
+    eval_steps: int | None = rows(None, "steps between evaluations (default: save_steps)", least=1)
+    eval_iters: int = rows(-1, "global batches of an evaluation (-1: all rows)", least=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,91 +198,114 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """Preferences, and what they share with GRPO"""
+
+    loss_type: str | None = option(
+        None,
+        f"grpo: {' '.join(GRPO_LOSSES)}; dpo: {' '.join(DPO_LOSSES)}; kto: {' '.join(KTO_LOSSES)} (default: the first)",
+        tasks=REFERRED,
+    )
+    beta: float | None = option(
+        None, "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference "
+        "(default: grpo 0.04, else 0.1)", tasks=REFERRED, least=0,
+    )
+    label_smoothing: float = dpo(0.0, "share of pairs whose preference is wrong", least=0, most=0.5)
+    reference_free: bool = dpo(False, "no reference model: its logprobs count as 0")
+    rpo_alpha: float | None = dpo(None, "weight of the chosen response's cross entropy beside the loss", least=0)
+    ld_alpha: float | None = dpo(
+        None, "weight of the tokens beyond the shorter response of a pair (default: 1)", least=0, most=1
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = dpo(
+        "reverse_kl", "divergence from the reference"
+    )
+    desirable_weight: float = kto(1.0, "weight of desirable responses", least=0)
+    undesirable_weight: float = kto(1.0, "weight of undesirable responses", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GrpoOptions:
     """GRPO"""
 
-    rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm"] = rlhf("dpo", "the algorithm; grpo is supported")
-    num_generations: int = rlhf(8, "responses a prompt", least=1)
-    generation_batch_size: int | None = rlhf(
+    num_generations: int = grpo(8, "responses a prompt", least=1)
+    generation_batch_size: int | None = grpo(
         None, "responses of one generation batch (default: global_batch_size * steps_per_generation)", least=1
     )
-    steps_per_generation: int | None = rlhf(None, "steps that share a generation batch (default: 1)", least=1)
-    num_iterations: int = rlhf(1, "passes over each generation batch", least=1)
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] | None = rlhf(None, "loss (default: grpo)")
-    beta: float | None = rlhf(None, "weight of the KL penalty; 0: no reference model (default: 0.04)", least=0)
-    epsilon: float = rlhf(0.2, "lower clip of the ratio", least=0)
-    epsilon_high: float | None = rlhf(None, "upper clip; for cispo the cap itself (default: epsilon)", least=0)
-    delta: float | None = rlhf(None, "cap of the unclipped ratio (default: none)", above=0)
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = rlhf("token", "what a ratio is of")
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = rlhf("grpo", "baseline of the advantages")
-    scale_rewards: Literal["group", "batch", "none"] | None = rlhf(
+    steps_per_generation: int | None = grpo(None, "steps that share a generation batch (default: 1)", least=1)
+    num_iterations: int = grpo(1, "passes over each generation batch", least=1)
+    epsilon: float = grpo(0.2, "lower clip of the ratio", least=0)
+    epsilon_high: float | None = grpo(None, "upper clip; for cispo the cap itself (default: epsilon)", least=0)
+    delta: float | None = grpo(None, "cap of the unclipped ratio (default: none)", above=0)
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = grpo("token", "what a ratio is of")
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = grpo("grpo", "baseline of the advantages")
+    scale_rewards: Literal["group", "batch", "none"] | None = grpo(
         None, "what advantages are divided by (default: group; rloo: none; reinforce_plus_plus: batch)"
     )
-    kl_in_reward: bool | None = rlhf(
+    kl_in_reward: bool | None = grpo(
         None, "KL in the reward, not the loss (default: false; rloo, reinforce_plus_plus: true)"
     )
-    dynamic_sample: bool = rlhf(False, "replace groups whose rewards are all equal")
-    max_resample_times: int = rlhf(3, "rounds of dynamic_sample", least=0)
-    overlong_filter: bool = rlhf(False, "do not train on responses cut at max_completion_length")
+    dynamic_sample: bool = grpo(False, "replace groups whose rewards are all equal")
+    max_resample_times: int = grpo(3, "rounds of dynamic_sample", least=0)
+    overlong_filter: bool = grpo(False, "do not train on responses cut at max_completion_length")
     rollout_importance_sampling_mode: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
-    ) = rlhf(None, "corrects for the rollout engine's numerics (default: off)")
-    rollout_importance_sampling_threshold: float = rlhf(2.0, "cap of the correction", above=0)
+    ) = grpo(None, "corrects for the rollout engine's numerics (default: off)")
+    rollout_importance_sampling_threshold: float = grpo(2.0, "cap of the correction", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions:
     """Rewards"""
 
-    reward_funcs: list[str] = rlhf([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
-    reward_weights: list[float] | None = rlhf(None, "one a function (default: 1 each)")
-    external_plugins: list[str] = rlhf([], "Python files with reward functions")
-    cosine_min_len_value_wrong: float = rlhf(-0.5, "cosine: wrong and empty")
-    cosine_max_len_value_wrong: float = rlhf(0.0, "cosine: wrong and longest")
-    cosine_min_len_value_correct: float = rlhf(1.0, "cosine: right and empty")
-    cosine_max_len_value_correct: float = rlhf(0.5, "cosine: right and longest")
-    cosine_max_len: int | None = rlhf(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
-    repetition_n_grams: int = rlhf(3, "repetition: words of an n-gram", least=1)
-    repetition_max_penalty: float = rlhf(-1.0, "repetition: reward of nothing but repetition", most=0)
-    soft_max_length: int | None = rlhf(
+    reward_funcs: list[str] = grpo([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
+    reward_weights: list[float] | None = grpo(None, "one a function (default: 1 each)")
+    external_plugins: list[str] = grpo([], "Python files with reward functions")
+    cosine_min_len_value_wrong: float = grpo(-0.5, "cosine: wrong and empty")
+    cosine_max_len_value_wrong: float = grpo(0.0, "cosine: wrong and longest")
+    cosine_min_len_value_correct: float = grpo(1.0, "cosine: right and empty")
+    cosine_max_len_value_correct: float = grpo(0.5, "cosine: right and longest")
+    cosine_max_len: int | None = grpo(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
+    repetition_n_grams: int = grpo(3, "repetition: words of an n-gram", least=1)
+    repetition_max_penalty: float = grpo(-1.0, "repetition: reward of nothing but repetition", most=0)
+    soft_max_length: int | None = grpo(
         None, "soft_overlong: longest unpunished, plus the cache (default: max_completion_length)", least=1
     )
-    soft_cache_length: int | None = rlhf(
+    soft_cache_length: int | None = grpo(
         None, "soft_overlong: tokens over which the punishment grows to -1 at soft_max_length", least=1
     )
-    reward_workers: int = own_rlhf(2, "processes that run reward functions", least=1)
-    reward_timeout: float = own_rlhf(30, "seconds for one response's score", above=0)
-    reward_memory: float = own_rlhf(4, "GiB of address space of a reward process", above=0)
+    reward_workers: int = own_grpo(2, "processes that run reward functions", least=1)
+    reward_timeout: float = own_grpo(30, "seconds for one response's score", above=0)
+    reward_memory: float = own_grpo(4, "GiB of address space of a reward process", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Sampling and vLLM"""
 
-    max_completion_length: int = rlhf(512, "longest response, in tokens", least=1)
-    temperature: float = rlhf(0.9, "of sampling, and of the logprobs in training", above=0)
-    top_p: float = rlhf(1.0, "nucleus sampling", above=0, most=1)
-    top_k: int = rlhf(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
-    repetition_penalty: float = rlhf(1.0, "of sampling", above=0)
-    stop_words: list[str] = rlhf([], "strings that end a response")
-    vllm_mode: Literal["colocate", "server"] = rlhf("colocate", "share the policy's devices, or have their own")
-    vllm_gpu_memory_utilization: float | None = rlhf(
+    max_completion_length: int = sampled(512, "longest response, in tokens", least=1)
+    temperature: float = sampled(0.9, "of sampling, and of the logprobs in training", above=0)
+    top_p: float = sampled(1.0, "nucleus sampling", above=0, most=1)
+    top_k: int = sampled(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
+    repetition_penalty: float = sampled(1.0, "of sampling", above=0)
+    stop_words: list[str] = sampled([], "strings that end a response")
+    vllm_mode: Literal["colocate", "server"] = sampled("colocate", "share the policy's devices, or have their own")
+    vllm_gpu_memory_utilization: float | None = sampled(
         None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
     )
-    offload_model: bool | None = rlhf(
+    offload_model: bool | None = sampled(
         None, "weights of policy and reference wait in host memory while engines generate on their GPUs (default: as needed)"
     )
-    offload_optimizer: bool | None = rlhf(
+    offload_optimizer: bool | None = sampled(
         None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
     )
-    vllm_tensor_parallel_size: int = rlhf(1, "devices of one engine", least=1)
-    vllm_max_model_len: int | None = rlhf(
+    vllm_tensor_parallel_size: int = sampled(1, "devices of one engine", least=1)
+    vllm_max_model_len: int | None = sampled(
         None, "longest prompt + response, in tokens (default: the two limits together)", least=1
     )
-    vllm_max_num_seqs: int | None = rlhf(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
-    vllm_enforce_eager: bool = rlhf(False, "no CUDA graphs, no compilation")
-    vllm_enable_prefix_caching: bool = rlhf(True, "share the KV cache of equal prompts")
-    push_timeout: float = own_rlhf(120, "seconds for one push of weights to the engines", above=0)
+    vllm_max_num_seqs: int | None = sampled(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
+    vllm_enforce_eager: bool = sampled(False, "no CUDA graphs, no compilation")
+    vllm_enable_prefix_caching: bool = sampled(True, "share the KV cache of equal prompts")
+    push_timeout: float = own_sampled(120, "seconds for one push of weights to the engines", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,18 +325,18 @@ class OutputOptions:
     report_to: list[Literal["tensorboard", "wandb", "none"]] = option(
         ["tensorboard"], "tensorboard, wandb or none, beside metrics.jsonl and report.html"
     )
-    log_completions: bool = rlhf(False, "write every response to completions.jsonl")
+    log_completions: bool = grpo(False, "write every response to completions.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, LoraOptions, OptimizerOptions, MemoryOptions,
+    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, PreferenceOptions, LoraOptions, OptimizerOptions, MemoryOptions,
     BatchOptions, ParallelOptions, DataOptions, ModelOptions,
 ):  # fmt: skip
     """Pass-through"""
 
-    task: Literal["sft", "rlhf"] = field(default="rlhf", metadata={"positional": True})
+    task: Task = field(default="grpo", metadata={"positional": True})
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
     megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
-    vllm: dict[str, Any] = own_rlhf({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")
+    vllm: dict[str, Any] = own_grpo({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")

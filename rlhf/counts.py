@@ -23,25 +23,37 @@ def data_ranks(config: Config) -> int:
     return policy_ranks(config) // model_ranks(config)
 
 
+def samples(config: Config) -> bool:
+    """Whether the policy's own responses are trained on: there are rollout engines."""
+    return config.task == "grpo"
+
+
 def rollout_engines(config: Config) -> int:
     """vLLM engines of the run; 0 when the task generates nothing."""
-    if config.task == "sft":
+    if not samples(config):
         return 0
     if config.rollout.num_engines is not None:
         return config.rollout.num_engines
     return policy_ranks(config) // config.vllm_tensor_parallel_size if config.vllm_mode == "colocate" else 1
 
 
+def compares(config: Config) -> bool:
+    """Whether the loss compares the policy with a reference."""
+    if config.task == "grpo":
+        return bool(config.beta)
+    return config.task == "kto" or config.task == "dpo" and not config.reference_free and config.loss_type != "sft"
+
+
 def needs_reference(config: Config) -> bool:
     """Whether a frozen reference group runs beside the policy (with LoRA the policy serves, its adapter disabled)."""
-    return config.task == "rlhf" and bool(config.beta) and config.tuner_type == "full"
+    return compares(config) and config.tuner_type == "full"
 
 
 def total_steps(config: Config, num_rows: int) -> int:
     """Optimizer steps of the run: num_train_epochs over the dataset's `num_rows`, else train_iters."""
     if config.num_train_epochs is None:
         return config.train_iters
-    if config.task == "sft":
+    if config.task != "grpo":
         return ceil(config.num_train_epochs * num_rows / config.global_batch_size)
     prompts = config.generation_batch_size // config.num_generations
     return ceil(config.num_train_epochs * num_rows / prompts) * config.steps_per_generation * config.num_iterations

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, policy_ranks
+from rlhf.counts import data_ranks, policy_ranks, samples
 from rlhf.memory import (
     ACTIVATIONS,
     ENGINE_RESIDUE,
@@ -164,7 +164,7 @@ def _problem(
             parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
             texts.append(f"phase {phase} needs about {_gib(needed)} GiB of a GPU's {_gib(gpu_memory)} GiB ({parts})")
             lacking = max(lacking, needed - gpu_memory)
-    if config.task == "rlhf" and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
+    if samples(config) and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
         share = int(config.vllm_gpu_memory_utilization * gpu_memory)
         texts.append(
             f"phase generate: vllm_gpu_memory_utilization {config.vllm_gpu_memory_utilization:g} gives an engine "

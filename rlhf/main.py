@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+"""Entry point: `python rlhf/main.py pt|sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
-    from rlhf.options import help_text, load_config
+    from rlhf.options import help_of, load_config
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
-        print(help_text(argv[0] if argv and not argv[0].startswith("-") else None))
+        print(help_of(argv))
         return 0
     try:
         if argv[0] == "check":

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines
+from rlhf.config import PAIRED, Config
+from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines, samples
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
@@ -96,14 +96,14 @@ def responses_at_a_time(config: Config) -> int:
 
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest row, or prompt with response."""
-    if config.task == "sft":
+    if not samples(config):
         return config.max_length or 0
     return config.vllm_max_model_len or (config.max_length or 0) + config.max_completion_length
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Tokens of the fullest micro batch: a sequence longer than the budget makes one alone."""
-    longest = config.packing_length if config.packing else longest_sequence(config)
+    """Tokens of the fullest micro batch: a sequence (of a preference: the pair) longer than the budget makes one alone."""
+    longest = config.packing_length if config.packing else longest_sequence(config) * (2 if config.task in PAIRED else 1)
     return max(config.micro_batch_tokens, longest) if config.micro_batch_tokens else config.micro_batch_size * longest
 
 
@@ -166,7 +166,7 @@ def _columns(shape: ModelShape, tensor_size: int) -> int:
 
 def shares_gpus(config: Config) -> bool:
     """Whether the engines of a run on GPUs use the policy's by turns."""
-    return config.task == "rlhf" and config.vllm_mode == "colocate"
+    return samples(config) and config.vllm_mode == "colocate"
 
 
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
@@ -202,7 +202,7 @@ def holdings(
     work = max(policy.activations, reference.activations if reference else 0)
     activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
     train = ranks | gradients | activations
-    if config.task == "sft":
+    if not samples(config):
         return {"train": train}
     largest = max(shape.vocab_size, shape.ffn_size) * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}

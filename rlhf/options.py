@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import ALL, Config, FrozenRole, RolloutRole
+from rlhf.config import Config, FrozenRole, RolloutRole, Task
 from rlhf.devices import find_devices
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
@@ -24,12 +24,19 @@ from rlhf.validation import check_parsed, validate
 ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
 PASS_THROUGH = ("megatron", "vllm")
 ALIASES = {"ref_model": "reference.model"}
-LATER = ("pt", "export", "infer", "eval", "rollout")
+LATER = ("export", "infer", "eval", "rollout")
+# The first word of a command, the option that then names the task (its default first), and the task of each value.
+COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
+    "pt": (None, {None: "pt"}),
+    "sft": ("task_type", {"causal_lm": "sft"}),
+    "rlhf": ("rlhf_type", {"dpo": "dpo", "kto": "kto", "rm": "rm", "gkd": "gkd", "grpo": "grpo"}),
+}
 
-USAGE = """usage: megaray sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
-       megaray plan sft|rlhf [the same options]   batches, placement and memory; nothing is started
-       megaray check                              the environment, and the command that mends what is missing
-       megaray [sft|rlhf] --help"""
+USAGE = """usage: megaray pt|sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray plan pt|sft|rlhf [the same options]   batches, placement and memory; nothing is started
+       megaray check                                 the environment, and the command that mends what is missing
+       megaray [pt|sft|rlhf [--rlhf_type TYPE]] --help
+rlhf_type: dpo (the default), kto, rm, gkd or grpo"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +92,31 @@ def parse(argv: Sequence[str]) -> Config:
     that cannot be understood.
     """
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
-    task = words.pop(0) if words else ""
-    if task in LATER:
-        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, plan and check")
-    if task not in ALL:
-        raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
+    command = words.pop(0) if words else ""
+    if command in LATER:
+        raise ValueError(f"{command} is known but not supported yet; there are pt, sft, rlhf, plan and check")
+    if command not in COMMANDS:
+        raise ValueError(f"the first word is pt, sft, rlhf, plan or check, not {command!r}" + nearest(command, COMMANDS))
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:
         raise ValueError("--config needs a file: --config FILE.yaml")
     for path in given.pop("config", []):
         values |= _flatten(_read_yaml(path))
-    config = Config(task=task)
-    for name, value in (values | given).items():
+    values |= given
+    config = Config(task=_task(command, values))
+    for name, value in values.items():
         config = _with_option(config, name, value)
     return config
+
+
+def _task(command: str, values: dict[str, Any]) -> Task:
+    """The task of a command; takes the option that names it out of `values`."""
+    name, tasks = COMMANDS[command]
+    value = typed(name, str, values.pop(name)) if name in values else next(iter(tasks))
+    if value not in tasks:
+        raise ValueError(f"--{name} {value}: choose from {', '.join(tasks)}" + nearest(value, tasks))
+    return tasks[value]
 
 
 def _tokens(words: Sequence[str]) -> dict[str, list[str]]:
@@ -187,9 +204,19 @@ def _unknown(name: str, task: str) -> str:
     return f"unknown option --{name}" + (nearest(name, names, "--") or "; --help lists them")
 
 
-def help_text(task: str | None = None) -> str:
+def help_of(argv: Sequence[str]) -> str:
+    """What `--help` prints: the options of the task that the rest of the command line names, else all."""
+    words = [word for word in argv if word not in ("-h", "--help", "plan")]
+    if not words or words[0] not in COMMANDS:
+        return help_text()
+    try:
+        return help_text(_task(words[0], _tokens(words[1:])))
+    except ValueError:
+        return help_text()
+
+
+def help_text(task: Task | None = None) -> str:
     """All options of `task` (None: of every task), grouped, each with its type, default and meaning."""
-    task = task if task in ALL else None
     groups = [cls for cls in reversed(Config.__mro__) if "__dataclass_fields__" in vars(cls)]
     groups[-1:-1] = list(ROLES.values())
     lines = [USAGE]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, total_steps
+from rlhf.config import PAIRED, Config
+from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, samples, total_steps
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
@@ -77,7 +77,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         parameters=shape.num_parameters(),
         exact=shape.exact,
         data_size=copies,
-        prompts=config.generation_batch_size // config.num_generations if config.task == "rlhf" else None,
+        prompts=config.generation_batch_size // config.num_generations if config.task == "grpo" else None,
         micro_batches=None
         if config.micro_batch_tokens
         else config.global_batch_size // copies // config.micro_batch_size,
@@ -95,12 +95,12 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
 def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> list[Role]:
     ranks = policy_ranks(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
-    if config.task == "sft":
-        return [*roles, Role(name="data", count=1, place="driver's node")]
     if reference_shape is not None:
         count = config.reference.nproc or ranks
         place = f"with the policy, {_bundles(0, min(count, ranks))}"
         roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, reference_shape)))
+    if not samples(config):
+        return [*roles, Role(name="data", count=1, place="driver's node")]
     engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
     shared = config.vllm_mode == "colocate"
     place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
@@ -137,9 +137,8 @@ def render(config: Config, made: Plan) -> str:
 
 def _model_lines(config: Config, made: Plan) -> list[str]:
     about = "" if made.exact else " (estimated: this architecture is not one of those counted exactly)"
-    name = f"grpo on {config.model}" if config.task == "rlhf" else f"sft on {config.model}"
     return [
-        f"{name}: {made.parameters:,} parameters{about}, {config.torch_dtype}",
+        f"{config.task} on {config.model}: {made.parameters:,} parameters{about}, {config.torch_dtype}",
         f"this machine: {made.devices.name}",
     ]
 
@@ -147,7 +146,7 @@ def _model_lines(config: Config, made: Plan) -> list[str]:
 def _batch_lines(config: Config, made: Plan) -> list[str]:
     each, ranks, batch = model_ranks(config), policy_ranks(config), config.global_batch_size
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    unit = "responses" if config.task == "rlhf" else "packs" if config.packing else "rows"
+    unit = "packs" if config.packing else "responses" if config.task == "grpo" else "pairs" if config.task in PAIRED else "rows"
     lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
     if made.micro_batches is None:
         lines.append(f"global batch {batch} {unit}, packed to {config.micro_batch_tokens} tokens a micro batch")
@@ -181,7 +180,7 @@ def _place_lines(config: Config, made: Plan) -> list[str]:
     have = made.devices.gpus or made.devices.cores
     ranks = policy_ranks(config)
     own = rollout_engines(config) * config.vllm_tensor_parallel_size if config.vllm_mode == "server" else 0
-    count = ranks + (own if config.task == "rlhf" else 0)
+    count = ranks + (own if samples(config) else 0)
     wanted = count * (1 if made.devices.gpus else config.cpus_per_rank)
     lines.append(
         f"{count} bundles of {kind}" + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")
@@ -198,7 +197,7 @@ def _memory_lines(config: Config, made: Plan) -> list[str]:
     ]
     tokens = micro_batch_tokens(config)
     notes = [f"  activations: micro batches of {tokens:,} tokens, recompute {config.recompute_granularity}"]
-    if config.task == "rlhf":
+    if config.task == "grpo":
         at_a_time, longest = responses_at_a_time(config), longest_sequence(config)
         notes.append(f"  kv_cache: {at_a_time} responses at a time, each of {longest:,} tokens")
     return [head, *rows, *notes, *_peak_lines(made)]

@@ -69,7 +69,7 @@ def _end(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], args: Mapping[str, Any]) -> str:
-    algorithm = args.get("rlhf_type") if args.get("task") == "rlhf" else args.get("task")
+    algorithm = args.get("task")
     model = Path(str(args["model"])).name if args.get("model") else None
     data = ", ".join(Path(str(name)).name for name in args.get("dataset") or [])
     count, time = rows[-1]["step"], _duration(sum(row["seconds"]["step"] for row in rows))

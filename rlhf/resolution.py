@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Config
+from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
+from rlhf.counts import samples
 from rlhf.model_folder import ModelShape
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
@@ -38,36 +39,39 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
         values["torch_dtype"] = config.torch_dtype or _trainable_dtype(shape)
     config = replace(config, **values)
     limit = shape.max_length if shape is not None else None
-    return _resolve_sft(config, limit) if config.task == "sft" else _resolve_rlhf(config, limit)
+    return _resolve_grpo(config, limit) if config.task == "grpo" else _resolve_rows(config, limit)
 
 
-def _resolve_sft(config: Config, limit: int | None) -> Config:
+def _resolve_rows(config: Config, limit: int | None) -> Config:
     max_length = config.max_length or limit
+    losses = {"dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task, (None,))
     return replace(
         config,
         max_length=max_length,
         truncation_strategy=config.truncation_strategy or "delete",
-        loss_scale=config.loss_scale or "default",
+        loss_scale=config.loss_scale or {"sft": "default", "pt": "all"}.get(config.task, "last_round"),
+        loss_type=config.loss_type or losses[0],
+        beta=_or(config.beta, 0.5 if config.task == "gkd" else 0.1),
         packing_length=config.packing_length or (max_length if config.packing else None),
+        val_dataset=[_absolute_rows(name) for name in config.val_dataset],
+        eval_steps=config.eval_steps or config.save_steps,
     )
 
 
-def _resolve_rlhf(config: Config, limit: int | None) -> Config:
+def _resolve_grpo(config: Config, limit: int | None) -> Config:
     """`limit`: tokens the model takes. The longest prompt leaves room for the longest response."""
     room = config.vllm_max_model_len or limit
     max_length = config.max_length or (max(room - config.max_completion_length, 1) if room else None)
     longest = max_length + config.max_completion_length if max_length else None
     scale, kl_in_reward = BY_ESTIMATOR[config.advantage_estimator]
     steps, responses = _generation_batch(config)
-    grpo = config.rlhf_type == "grpo"
     return replace(
         config,
         max_length=max_length,
         vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
-        truncation_strategy=config.truncation_strategy or ("left" if grpo else "delete"),
-        loss_scale=config.loss_scale or "last_round",
-        loss_type=config.loss_type or ("grpo" if grpo else None),
-        beta=_or(config.beta, 0.04 if grpo else 0.1),
+        truncation_strategy=config.truncation_strategy or "left",
+        loss_type=config.loss_type or GRPO_LOSSES[0],
+        beta=_or(config.beta, 0.04),
         epsilon_high=_or(config.epsilon_high, config.epsilon),
         scale_rewards=config.scale_rewards or scale,
         kl_in_reward=_or(config.kl_in_reward, kl_in_reward),
@@ -105,7 +109,7 @@ def default_nproc(config: Config, gpus_per_node: int) -> int:
     if not gpus_per_node:
         return -(-model_ranks // config.nnodes)
     engines = (config.rollout.num_engines or 1) * config.vllm_tensor_parallel_size
-    own = engines if config.task == "rlhf" and config.vllm_mode == "server" and config.nnodes == 1 else 0
+    own = engines if samples(config) and config.vllm_mode == "server" and config.nnodes == 1 else 0
     return max(gpus_per_node - own, 1)
 
 

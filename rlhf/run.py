@@ -28,7 +28,7 @@ def run(config: Config) -> int:
     """Train; the exit status. Everything a user can get wrong is checked before Ray starts."""
     check_dataset(config)
     check_reporters(config.report_to)
-    if config.task == "rlhf":
+    if config.task == "grpo":
         check_rewards(config)
     refuse_what_cannot_fit(config)
     folder = run_folder(config)
@@ -68,10 +68,13 @@ def refuse_what_cannot_fit(config: Config) -> None:
 
 def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
     """Build the actors, restore what is resumed, run the task's loop."""
+    from rlhf.dpo import train_dpo
     from rlhf.grpo import train_grpo
+    from rlhf.kto import train_kto
     from rlhf.metrics import RunLog
     from rlhf.sft import train_sft
 
+    loops = {"pt": train_sft, "sft": train_sft, "dpo": train_dpo, "kto": train_kto, "grpo": train_grpo}
     config, roles = cluster.config, cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
@@ -95,6 +98,5 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         folder, config, total_steps=total, timers=roles.timers(), constants=cluster.predicted, resume=resumed
     )
     with closing(record) as log:
-        loop = train_sft if config.task == "sft" else train_grpo
-        loop(config, roles, log=log, checkpoints=checkpoints, start=start, total=total)
+        loops[config.task](config, roles, log=log, checkpoints=checkpoints, start=start, total=total)
         checkpoints.save_last()

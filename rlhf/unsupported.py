@@ -62,9 +62,8 @@ _REASONS: dict[str, str] = {
         padding_free=true group_by_length=false padding_side mlp_padding_free=false""",
     "streaming datasets are not supported yet": """
         streaming=false shuffle_buffer_size interleave_prob stopping_strategy""",
-    "evaluation during training is not supported yet": """
-        val_dataset cached_val_dataset split_dataset_ratio=0 eval_iters=-1,0 eval_steps val_dataset_shuffle=false
-        num_generations_eval metric_for_best_model greater_is_better""",
+    "this kind of evaluation is not supported yet": """
+        cached_val_dataset val_dataset_shuffle=false num_generations_eval metric_for_best_model greater_is_better""",
     "this way of preparing the dataset is not supported yet": """
         cached_dataset lazy_tokenize=false packing_num_proc=1 packing_strategy download_mode=reuse_dataset_if_exists
         columns strict=false disable_auto_column_mapping=false model_name model_author custom_dataset_info
@@ -102,9 +101,8 @@ _REASONS: dict[str, str] = {
         freeze_parameters freeze_parameters_regex freeze_parameters_ratio=0 trainable_parameters
         trainable_parameters_regex target_regex modules_to_save lora_bias=none lora_dtype use_rslora=false
         tuner_backend=peft use_swift_lora=false""",
-    "rlhf_type dpo, kto and rm are not supported yet": """
-        rpo_alpha reference_free=false label_smoothing=0 f_divergence_type=reverse_kl desirable_weight=1
-        undesirable_weight=1 calculate_KL center_rewards_coefficient""",
+    "rlhf_type rm is not supported yet": "center_rewards_coefficient",
+    "the loss type says whether there is a KL term: use --loss_type kto or apo_zero_unpaired": "calculate_KL",
     "teachers (rlhf_type gkd) are not supported yet": """
         teacher_model teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key gkd_logits_topk
         lmbda seq_kd=false sft_alpha=0 teacher_kl_coef=1""",

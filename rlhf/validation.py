@@ -9,8 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines
+from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
+from rlhf.counts import compares, data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, samples
 from rlhf.engine_options import check_engine_options
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
@@ -20,11 +20,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.task == "rlhf" and config.rlhf_type != "grpo":
-        given = "is not supported yet; there is --rlhf_type grpo"
-        raise ValueError(
-            f"rlhf_type {config.rlhf_type} {given}" + (" (dpo is the default)" if config.rlhf_type == "dpo" else "")
-        )
+    if config.task in ("rm", "gkd"):
+        raise ValueError(f"rlhf_type {config.task} is not supported yet; there are dpo, kto and grpo")
     if config.model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     if not config.dataset:
@@ -38,6 +35,8 @@ def check_parsed(config: Config) -> None:
             )
         if config.packing:
             raise ValueError("give --packing or --micro_batch_tokens, not both: each packs rows without padding")
+    if config.val_dataset and config.split_dataset_ratio:
+        raise ValueError("give --val_dataset or --split_dataset_ratio, not both: each says what to evaluate on")
     if config.packing_length is not None and not config.packing:
         raise ValueError("--packing_length needs --packing true")
 
@@ -55,10 +54,12 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     _check_optimizer(config)
     _check_recompute(config, shape)
     _check_lora(config)
-    if config.task == "rlhf":
+    if config.task == "grpo":
         _check_grpo(config)
+    if samples(config):
         _check_rollout(config, shape)
-        _check_reference(config)
+    _check_loss(config)
+    _check_reference(config)
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -102,13 +103,13 @@ def _check_batches(config: Config) -> None:
         raise ValueError(
             f"global_batch_size {batch} is less than the {copies} data-parallel ranks: each needs a sequence"
         )
-    if config.task == "rlhf" and config.generation_batch_size % config.num_generations:
+    if config.task == "grpo" and config.generation_batch_size % config.num_generations:
         raise ValueError(
             f"global_batch_size {batch} x steps_per_generation {config.steps_per_generation} = "
             f"{config.generation_batch_size} responses is no multiple of num_generations {config.num_generations}: "
             "prompts a generation must be a whole number"
         )
-    updates = config.steps_per_generation * config.num_iterations if config.task == "rlhf" else 1
+    updates = config.steps_per_generation * config.num_iterations if config.task == "grpo" else 1
     if config.num_train_epochs is None and config.train_iters and config.train_iters % updates:
         raise ValueError(
             f"train_iters {config.train_iters} is no multiple of steps_per_generation {config.steps_per_generation} x "
@@ -217,11 +218,24 @@ def _check_rollout(config: Config, shape: ModelShape) -> None:
         )
 
 
+def _check_loss(config: Config) -> None:
+    known = {"grpo": GRPO_LOSSES, "dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task)
+    if known is None:
+        return
+    if config.loss_type not in known:
+        raise ValueError(f"loss_type {config.loss_type!r} of {config.task}: choose from {', '.join(known)}")
+    if config.task in ("dpo", "kto") and not config.beta:
+        raise ValueError(f"beta 0 would make {config.task} learn nothing: it scales the rewards; 0.1 is usual")
+    if config.task == "kto" and config.loss_type == "kto" and config.global_batch_size < 2:
+        raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
+
+
 def _check_reference(config: Config) -> None:
     role = config.reference
     given = [name for name, value in vars(role).items() if value is not None]
     if given and not needs_reference(config):
-        why = "beta is 0" if not config.beta else "with LoRA the policy itself is the reference, its adapter disabled"
+        lora = "with LoRA the policy itself is the reference, its adapter disabled"
+        why = lora if compares(config) else "the loss compares with no reference"
         raise ValueError(f"--reference.{given[0]} has nothing to act on: {why}")
     if not given:
         return
@@ -265,14 +279,14 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
         )
     if config.no_save_optim:
         notes.append("no_save_optim: this run cannot be resumed from its checkpoints")
-    if config.task == "rlhf" and (config.top_p < 1 or config.top_k > 0 or config.repetition_penalty != 1):
+    if samples(config) and (config.top_p < 1 or config.top_k > 0 or config.repetition_penalty != 1):
         notes.append(
             "top_p, top_k and repetition_penalty change what is sampled, not the policy's logprobs: "
             "rollout_train_logprob_diff and importance weights contain the difference"
         )
-    if config.task == "rlhf" and config.kl_in_reward and not config.beta:
+    if config.kl_in_reward and not config.beta:
         notes.append("kl_in_reward has no effect with beta 0")
-    if config.task == "rlhf" and config.max_length and shape.max_length:
+    if samples(config) and config.max_length and shape.max_length:
         longest, limit = config.max_length + config.max_completion_length, config.vllm_max_model_len or shape.max_length
         if longest > limit and config.max_length < shape.max_length:
             notes.append(

@@ -23,7 +23,7 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
     """The attributes of the run's config that a policy rank reads."""
     role = SimpleNamespace(model=None, tensor_model_parallel_size=None, pipeline_model_parallel_size=None, nproc=None)
     defaults = {
-        "task": "rlhf",
+        "task": "grpo",
         "model": str(model),
         "torch_dtype": None,
         "seed": 42,

@@ -32,7 +32,7 @@ class Disk:
 
 
 def config(output: Path, **options) -> Config:
-    run = {"task": "rlhf", "model": "/models/tiny", "output_dir": str(output), "run_name": "run", "save_steps": 10}
+    run = {"task": "grpo", "model": "/models/tiny", "output_dir": str(output), "run_name": "run", "save_steps": 10}
     return Config(**run | options)
 
 
@@ -230,7 +230,7 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_the_run_folder_is_named_by_task_model_and_time_and_holds_the_options(tmp_path):
-    folder = run_folder(config(tmp_path, run_name=None, rlhf_type="grpo"))
+    folder = run_folder(config(tmp_path, run_name=None))
     assert time.strftime("grpo-tiny-%Y%m%d-") in folder.name
     assert json.loads((folder / "args.json").read_text())["save_steps"] == 10
 

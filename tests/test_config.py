@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import Config
-from rlhf.options import ALIASES, help_text, load_config, parse, supported
+from rlhf.options import ALIASES, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from tests.model_json import TINY, write_model
@@ -28,7 +28,7 @@ MS_SWIFT = {
     "cross_entropy_loss_fusion": True, "lr": None, "min_lr": 0, "lr_decay_style": "cosine", "lr_warmup_iters": 0,
     "lr_warmup_fraction": None, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "tuner_type": "full", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05,
-    "target_modules": ["all-linear"], "merge_lora": None, "rlhf_type": "dpo", "num_generations": 8,
+    "target_modules": ["all-linear"], "merge_lora": None, "num_generations": 8,
     "generation_batch_size": None, "steps_per_generation": None, "num_iterations": 1, "loss_type": None, "beta": None,
     "epsilon": 0.2, "epsilon_high": None, "delta": None, "importance_sampling_level": "token",
     "advantage_estimator": "grpo", "scale_rewards": None, "kl_in_reward": None, "dynamic_sample": False,
@@ -42,13 +42,16 @@ MS_SWIFT = {
     "vllm_max_num_seqs": None, "vllm_enforce_eager": False, "vllm_enable_prefix_caching": True, "output_dir": None,
     "save_steps": 500, "save_total_limit": None, "save_safetensors": True, "no_save_optim": False,
     "no_save_rng": False, "finetune": True, "logging_steps": 5, "report_to": ["tensorboard"],
-    "log_completions": False,
+    "log_completions": False, "label_smoothing": 0, "reference_free": False, "rpo_alpha": None,
+    "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
+    "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1,
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
     "reward_timeout": 30, "reward_memory": 4, "call_timeout": 1800, "push_timeout": 120, "run_name": None,
     "deterministic": False, "megatron": {}, "vllm": {},
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
+    "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_gpu_memory_utilization": None, "offload_model": None, "offload_optimizer": None,  # ms-swift: 0.9, False, False
@@ -139,15 +142,15 @@ def test_options_of_our_own_stay_few():
 def test_command_line_values_are_typed(words, name, value):
     if name is None:
         with pytest.raises(ValueError, match="unknown option --learning_rate_is_not_it"):
-            parse(["rlhf", *words.split()])
+            parse(["rlhf", "--rlhf_type", "grpo", *words.split()])
     else:
-        assert getattr(parse(["rlhf", *words.split()]), name) == value
+        assert getattr(parse(["rlhf", "--rlhf_type", "grpo", *words.split()]), name) == value
 
 
 def test_sections_of_other_roles():
     config = parse("rlhf --rollout.num_engines 2 --reference.nproc=3 --reference.model /m".split())
     assert (config.rollout.num_engines, config.reference.nproc, config.reference.model) == (2, 3, "/m")
-    assert parse(["rlhf", "--ref_model", "/m"]).reference.model == "/m"
+    assert parse(["rlhf", "--rlhf_type", "grpo", "--ref_model", "/m"]).reference.model == "/m"
     assert parse(["plan", "sft", "--seed", "7"]) == parse(["sft", "--seed", "7"])
 
 
@@ -156,7 +159,7 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
     file.write_text(
         "lr: 1e-6\nseed: 5\nuse-hf: true\nreward_funcs: accuracy\nrollout: {num_engines: 2}\nvllm: {block_size: 16}\n"
     )
-    config = parse(["rlhf", "--seed", "6", "--config", str(file)])
+    config = parse(["rlhf", "--rlhf_type", "grpo", "--seed", "6", "--config", str(file)])
     assert (config.lr, config.seed, config.use_hf, config.reward_funcs) == (1e-6, 6, True, ["accuracy"])
     assert (config.rollout.num_engines, config.vllm) == (2, {"block_size": 16})
 
@@ -174,19 +177,19 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
     ],
 )
 def test_an_unsupported_option_that_asks_for_nothing_is_let_pass(words):
-    assert parse(["rlhf", *words.split()]) == Config(task="rlhf")
+    assert parse(["rlhf", "--rlhf_type", "grpo", *words.split()]) == Config(task="grpo")
 
 
 def test_dependent_defaults():
-    plain = resolve(Config(task="rlhf", rlhf_type="grpo"))
+    plain = resolve(Config(task="grpo"))
     assert (plain.lr, plain.beta, plain.loss_type, plain.epsilon_high) == (1e-5, 0.04, "grpo", 0.2)
     assert (plain.scale_rewards, plain.kl_in_reward, plain.truncation_strategy) == ("group", False, "left")
     assert (plain.steps_per_generation, plain.generation_batch_size, plain.merge_lora) == (1, 16, True)
     assert (plain.cosine_max_len, plain.soft_max_length, plain.loss_scale) == (512, 512, "last_round")
     assert resolve(plain) == plain
-    rloo = resolve(Config(task="rlhf", rlhf_type="grpo", advantage_estimator="rloo"))
+    rloo = resolve(Config(task="grpo", advantage_estimator="rloo"))
     assert (rloo.scale_rewards, rloo.kl_in_reward) == ("none", True)
-    rpp = resolve(Config(task="rlhf", rlhf_type="grpo", advantage_estimator="reinforce_plus_plus"))
+    rpp = resolve(Config(task="grpo", advantage_estimator="reinforce_plus_plus"))
     assert (rpp.scale_rewards, rpp.kl_in_reward) == ("batch", True)
     lora = resolve(Config(task="sft", tuner_type="lora", save_safetensors=False))
     assert (lora.lr, lora.merge_lora, lora.truncation_strategy, lora.loss_scale) == (1e-4, False, "delete", "default")
@@ -204,7 +207,7 @@ def test_sequence_parallel_needs_tensor_parallel():
 
 
 def test_ranks_of_a_node_come_from_the_option_then_the_environment_then_the_machine(monkeypatch):
-    config = Config(task="rlhf", rlhf_type="grpo", tensor_model_parallel_size=2)
+    config = Config(task="grpo", tensor_model_parallel_size=2)
     assert resolve(config).nproc_per_node == 2
     assert resolve(config, gpus_per_node=8).nproc_per_node == 8
     assert (
@@ -249,9 +252,9 @@ def test_a_submitted_job_keeps_its_output_outside_the_copied_folder(monkeypatch)
 
 
 def test_help_lists_the_options_of_a_task_with_their_defaults():
-    rlhf, sft = help_text("rlhf"), help_text("sft")
-    assert "--num_generations INT" in rlhf and "--num_generations" not in sft
-    assert "--packing BOOL" in sft and "--packing BOOL" not in rlhf
+    grpo, sft, dpo = help_text("grpo"), help_text("sft"), help_of(["rlhf", "--help"])
+    assert "--num_generations INT" in grpo and "--num_generations" not in sft
+    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo and "--label_smoothing" in dpo and "--label_smoothing" not in grpo
     assert "  --global_batch_size INT" in sft and "[16]" in next(
         line for line in sft.splitlines() if "--global_batch_size INT" in line
     )

@@ -81,8 +81,7 @@ def test_words_that_are_not_understood(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--rlhf_type dpo", "rlhf_type dpo is not supported yet; there is --rlhf_type grpo (dpo is the default)"),
-        ("--rlhf_type kto", "rlhf_type kto is not supported yet; there is --rlhf_type grpo"),
+        ("--rlhf_type rm", "rlhf_type rm is not supported yet; there are dpo, kto and grpo"),
         ("--model nowhere", "--model nowhere: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"),
         ("--model d.jsonl", "--model d.jsonl is a file: give the folder that holds config.json"),
         ("--global_batch_size 12", "global_batch_size 12 x steps_per_generation 1 = 12 responses is no multiple of num_generations 8: prompts a generation must be a whole number"),

@@ -79,7 +79,7 @@ CONVERSATION = [
 
 
 def test_prompt_ids_are_the_chat_templates_own_without_the_answer(model, tokenizer, tmp_path):
-    worker, info = started(model, [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])], task="rlhf")
+    worker, info = started(model, [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])], task="grpo")
     (prompt,) = worker.prompts(0, 1)
     expected = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True, return_dict=False)
     assert prompt.token_ids.tolist() == expected and prompt.token_ids.dtype == np.int32
@@ -165,7 +165,7 @@ def test_a_row_is_its_rollout_prompt_and_then_what_is_trained(model, tokenizer, 
     thinking.save_pretrained(tmp_path / "thinking")
     (tmp_path / "thinking" / "config.json").write_text((model / "config.json").read_text())
     data = [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION[1:3]}])]
-    prompt = started(tmp_path / "thinking", data, task="rlhf", template_backend=backend)[0].prompts(0, 1)[0].token_ids
+    prompt = started(tmp_path / "thinking", data, task="grpo", template_backend=backend)[0].prompts(0, 1)[0].token_ids
     # ms-swift prompts Qwen3 with thinking off unless it is told otherwise.
     options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
     assert prompt.tolist() == thinking.apply_chat_template(CONVERSATION[1:2], **options)
@@ -178,9 +178,9 @@ def test_a_row_is_its_rollout_prompt_and_then_what_is_trained(model, tokenizer, 
 
 def test_the_system_option_is_for_conversations_without_one(model, tokenizer, tmp_path):
     data = write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}, {"messages": CONVERSATION[1:3]}])
-    for task in ("rlhf", "sft"):
+    for task in ("grpo", "sft"):
         worker, _ = started(model, [data], system="be kind", task=task)
-        ids = [p.token_ids for p in worker.prompts(0, 2)] if task == "rlhf" else worker.rows(0, 2)[0].token_ids
+        ids = [p.token_ids for p in worker.prompts(0, 2)] if task == "grpo" else worker.rows(0, 2)[0].token_ids
         texts = [tokenizer.decode(row.tolist()) for row in ids]
         assert "be short" in texts[0] and "be kind" not in texts[0] and "system\nbe kind<|im_end|>" in texts[1]
 
@@ -188,14 +188,14 @@ def test_the_system_option_is_for_conversations_without_one(model, tokenizer, tm
 def test_a_template_that_differs_from_the_tokenizers_own_is_warned_of(model, tmp_path):
     data = [write(tmp_path / "a.jsonl", sums(1))]
     _, info = started(
-        model, data, task="rlhf", template_backend="swift"
+        model, data, task="grpo", template_backend="swift"
     )  # qwen3's adds <think></think>, the tokenizer's does not
     assert len(info.warnings) == 1 and "--template_backend jinja" in info.warnings[0]
-    assert started(model, data, task="rlhf", template_backend="swift", template="chatml")[1].warnings == ()
+    assert started(model, data, task="grpo", template_backend="swift", template="chatml")[1].warnings == ()
 
 
 def test_columns_of_a_row_survive_and_are_its_own(model, tmp_path):
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(30))], task="rlhf", dataset_shuffle=True)
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(30))], task="grpo", dataset_shuffle=True)
     prompts = worker.prompts(0, 30)
     assert sorted(prompt.columns["level"] for prompt in prompts) == list(range(30))
     for prompt in prompts:
@@ -211,7 +211,7 @@ def test_columns_of_a_row_survive_and_are_its_own(model, tmp_path):
 
 def test_question_answer_rows_are_mapped_and_solution_kept(model, tokenizer, tmp_path):
     rows = [{"question": "what is 1+2?", "solution": "3"}]
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="rlhf")
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="grpo")
     (prompt,) = worker.prompts(0, 1)
     assert prompt.messages == [{"role": "user", "content": "what is 1+2?"}] and prompt.columns["solution"] == "3"
 
@@ -222,7 +222,7 @@ def levels(worker, start: int, count: int) -> list[int]:
 
 def test_order_is_seeded_reshuffled_each_epoch_and_resumable_at_any_position(model, tmp_path):
     data = [write(tmp_path / "a.jsonl", sums(50))]
-    options = {"task": "rlhf", "dataset_shuffle": True, "data_seed": 7}
+    options = {"task": "grpo", "dataset_shuffle": True, "data_seed": 7}
     worker, _ = started(model, data, **options)
     order = levels(worker, 0, 150)
     first, second, third = order[:50], order[50:100], order[100:]
@@ -235,17 +235,17 @@ def test_order_is_seeded_reshuffled_each_epoch_and_resumable_at_any_position(mod
 
 
 def test_without_shuffle_rows_come_in_file_order(model, tmp_path):
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(5))], task="rlhf")
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(5))], task="grpo")
     assert levels(worker, 0, 7) == [0, 1, 2, 3, 4, 0, 1]
 
 
 def test_several_datasets_and_row_limits(model, tmp_path):
     first = write(tmp_path / "a.jsonl", sums(20))
     second = write(tmp_path / "b.jsonl", [row | {"level": row["level"] + 100} for row in sums(9)])
-    worker, info = started(model, [f"{first}#4", second], task="rlhf")
+    worker, info = started(model, [f"{first}#4", second], task="grpo")
     assert info.num_rows == info.loaded == 13
     assert levels(worker, 0, 13) == [0, 1, 2, 3, *range(100, 109)]
-    shuffled, info = started(model, [f"{first}#4"], task="rlhf", dataset_shuffle=True)
+    shuffled, info = started(model, [f"{first}#4"], task="grpo", dataset_shuffle=True)
     assert info.num_rows == 4 and len(set(levels(shuffled, 0, 4))) == 4
 
 
@@ -254,15 +254,15 @@ def test_long_prompts_are_cut_at_the_left_or_dropped_and_counted(model, tokenize
     rows[1]["messages"][0]["content"] = "7" * 100
     data = [write(tmp_path / "a.jsonl", rows)]
     full = tokenizer.apply_chat_template(rows[1]["messages"][:1], add_generation_prompt=True, return_dict=False)
-    worker, info = started(model, data, task="rlhf", max_length=40)  # truncation_strategy: left for prompts
+    worker, info = started(model, data, task="grpo", max_length=40)  # truncation_strategy: left for prompts
     assert (info.num_rows, info.truncated, info.too_long, info.longest) == (3, 1, 0, 40)
     assert worker.prompts(1, 1)[0].token_ids.tolist() == full[-40:]
-    worker, info = started(model, data, task="rlhf", max_length=40, truncation_strategy="delete")
+    worker, info = started(model, data, task="grpo", max_length=40, truncation_strategy="delete")
     assert (info.num_rows, info.truncated, info.too_long, info.loaded) == (2, 0, 1, 3)
     assert levels(worker, 0, 3) == [0, 2, 0]
-    worker, info = started(model, data, task="rlhf", max_length=len(full), truncation_strategy="delete")
+    worker, info = started(model, data, task="grpo", max_length=len(full), truncation_strategy="delete")
     assert info.num_rows == 3
-    worker, _ = started(model, data, task="rlhf", max_length=40, truncation_strategy="right")
+    worker, _ = started(model, data, task="grpo", max_length=40, truncation_strategy="right")
     assert worker.prompts(1, 1)[0].token_ids.tolist() == full[:40]
 
 
@@ -323,7 +323,7 @@ def test_model_type_and_template_options_win_over_config_json(model, tmp_path):
     from actors.encoding import Encoder
 
     def chosen(**options) -> tuple[str, str]:
-        encoder = Encoder(Config(task="rlhf", model=str(model), dataset=["a"], **options), prompts_only=True)
+        encoder = Encoder(Config(task="grpo", model=str(model), dataset=["a"], **options), prompts_only=True)
         return encoder.tokenizer.model_meta.model_type, encoder.template.template_meta.template_type
 
     assert chosen() == ("qwen3", "qwen3")
@@ -339,7 +339,7 @@ def test_a_row_that_cannot_be_encoded_is_an_error_that_shows_it(model, tmp_path)
         [*sums(2), {"messages": [{"role": "assistant", "content": "42"}], "solution": "", "level": 3}],
     )
     with pytest.raises(ValueError, match="42.*no user message is left"):
-        started(model, [data], task="rlhf")
+        started(model, [data], task="grpo")
 
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(model, tmp_path):

@@ -25,7 +25,7 @@ def environment(monkeypatch):
 
 def grpo(folder: Path, **options) -> Config:
     base = Config(
-        task="rlhf", rlhf_type="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3
+        task="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3
     )
     return resolve(replace(base, **options), read_shape(folder))
 

@@ -103,7 +103,7 @@ def settings(model: Path, **options) -> Config:
         call_timeout=500,
         push_timeout=60,
     )
-    return Config(task="rlhf", model=str(model), **(defaults | options))
+    return Config(task="grpo", model=str(model), **(defaults | options))
 
 
 def start_engines(config: Config, count: int) -> RolloutEngines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,14 @@ from rlhf.records import RankInfo, Shard
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from ray import ObjectRef
 
     from actors.megatron.micro_batch import PackedMicroBatch
     from actors.megatron.model import Model
+    from rlhf.records import MicroBatch
+
+    # From the logprobs [T] of a micro batch: values of each of its sequences, [B, K].
+    SequenceValues = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
 MEMORY_RETURNS = 15.0  # seconds after which the driver has freed the memory of a process that died
@@ -60,12 +65,12 @@ class MegatronRank:
         """
         from actors.megatron.forward_backward import run_micro_batches
         from actors.megatron.lora import adapter_disabled
-        from actors.megatron.micro_batch import fetch_sources, pack_micro_batches, split_logprobs
+        from actors.megatron.micro_batch import split_logprobs
         from actors.megatron.parallel import returns_results
 
         with self.doing("logprobs"):
             assert not reference or self.model.has_adapter, "only a model with an adapter can be its own reference"
-            batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
+            batches = self._packed(shard)
             with adapter_disabled(self.model) if reference else nullcontext():
                 packed = run_micro_batches(self.module, batches, self._score, backward=False)
             if not returns_results():
@@ -74,6 +79,28 @@ class MegatronRank:
             for batch, values in zip(batches, packed):
                 result |= split_logprobs(batch, values.cpu().numpy())
             return None, result
+
+    @ray.method(num_returns=2)
+    def sequence_values(
+        self, shard: Shard, values: SequenceValues, ref: list[ObjectRef] | None = None, reference: bool = False
+    ) -> tuple[None, dict[int, np.ndarray] | None]:
+        """Per sequence key what `values` makes of the model's output, [K] float32, without gradient; otherwise as `logprobs`."""
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.lora import adapter_disabled
+        from actors.megatron.parallel import returns_results
+
+        def output_values(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            result = values(self._next_token_logprobs(logits, micro_batch), micro_batch.batch)
+            return result.sum(), result
+
+        with self.doing("sequence_values"):
+            batches = self._packed(shard, ref=ref)
+            with adapter_disabled(self.model) if reference else nullcontext():
+                results = run_micro_batches(self.module, batches, output_values, backward=False)
+            if not returns_results():
+                return None, None
+            rows = zip(batches, (result.float().cpu().numpy() for result in results))
+            return None, {ref.key: row[i] for batch, row in rows for i, ref in enumerate(batch.sequences)}
 
     def leave_device(self, weights: bool) -> None:
         """Make room for engines on the same device; with `weights` also those of the model, if `offload_model`."""
@@ -156,6 +183,26 @@ class MegatronRank:
             returns_logprobs=returns_results(),
         )
 
+    def _packed(
+        self,
+        shard: Shard,
+        old: list[ObjectRef] | None = None,
+        ref: list[ObjectRef] | None = None,
+        batch_values: list[ObjectRef] | None = None,
+    ) -> list[PackedMicroBatch]:
+        """The micro batches of a shard; `old`, `ref`, `batch_values`: results of `logprobs` and `sequence_values`."""
+        from actors.megatron.micro_batch import fetch_by_key, fetch_sources, pack_micro_batches
+
+        return pack_micro_batches(
+            shard,
+            fetch_sources(shard),
+            device=self.platform.device,
+            multiple=self.multiple,
+            old=fetch_by_key(old),
+            ref=fetch_by_key(ref),
+            batch_values=fetch_by_key(batch_values),
+        )
+
     def _next_token_logprobs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
         """[1, T, V / tensor ranks] -> [T] float32."""
         from actors.megatron.logprobs import next_token_logprobs
@@ -163,7 +210,7 @@ class MegatronRank:
         return next_token_logprobs(
             logits,
             micro_batch.batch.labels,
-            temperature=1.0 if self.config.task == "sft" else self.config.temperature,
+            temperature=self.config.temperature if self.config.task == "grpo" else 1.0,
             vocab_size=self.model.vocab_size,
             fused=self.config.cross_entropy_loss_fusion,
         )
