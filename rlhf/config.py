@@ -339,4 +339,4 @@ class Config(
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
     megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
-    vllm: dict[str, Any] = own_grpo({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")
+    vllm: dict[str, Any] = own_sampled({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")

@@ -113,6 +113,9 @@ def parse(argv: Sequence[str]) -> Config:
 def _task(command: str, values: dict[str, Any]) -> Task:
     """The task of a command; takes the option that names it out of `values`."""
     name, tasks = COMMANDS[command]
+    for other, (selector, _) in COMMANDS.items():
+        if other != command and selector in values:
+            raise ValueError(f"--{selector} belongs to {other}: write megaray {other} --{selector} {' '.join(values[selector])}")
     value = typed(name, str, values.pop(name)) if name in values else next(iter(tasks))
     if value not in tasks:
         raise ValueError(f"--{name} {value}: choose from {', '.join(tasks)}" + nearest(value, tasks))

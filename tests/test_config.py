@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import Config
-from rlhf.options import ALIASES, help_of, help_text, load_config, parse, supported
+from rlhf.options import ALIASES, COMMANDS, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from tests.model_json import TINY, write_model
@@ -100,7 +100,7 @@ def test_defaults_are_those_in_the_installed_ms_swift():
 
 
 def test_every_option_of_ms_swift_is_supported_or_refused_by_name():
-    known = {*supported(), *UNSUPPORTED, *ALIASES, "loss_scale"}
+    known = {*supported(), *UNSUPPORTED, *ALIASES, *(selector for selector, _ in COMMANDS.values())}
     assert len(swift_options()) > 300
     assert set(swift_options()) - known == set()
     assert set(UNSUPPORTED) & set(supported()) == set()
@@ -148,7 +148,7 @@ def test_command_line_values_are_typed(words, name, value):
 
 
 def test_sections_of_other_roles():
-    config = parse("rlhf --rollout.num_engines 2 --reference.nproc=3 --reference.model /m".split())
+    config = parse("rlhf --rlhf_type grpo --rollout.num_engines 2 --reference.nproc=3 --reference.model /m".split())
     assert (config.rollout.num_engines, config.reference.nproc, config.reference.model) == (2, 3, "/m")
     assert parse(["rlhf", "--rlhf_type", "grpo", "--ref_model", "/m"]).reference.model == "/m"
     assert parse(["plan", "sft", "--seed", "7"]) == parse(["sft", "--seed", "7"])
@@ -185,7 +185,7 @@ def test_dependent_defaults():
     assert (plain.lr, plain.beta, plain.loss_type, plain.epsilon_high) == (1e-5, 0.04, "grpo", 0.2)
     assert (plain.scale_rewards, plain.kl_in_reward, plain.truncation_strategy) == ("group", False, "left")
     assert (plain.steps_per_generation, plain.generation_batch_size, plain.merge_lora) == (1, 16, True)
-    assert (plain.cosine_max_len, plain.soft_max_length, plain.loss_scale) == (512, 512, "last_round")
+    assert (plain.cosine_max_len, plain.soft_max_length) == (512, 512)
     assert resolve(plain) == plain
     rloo = resolve(Config(task="grpo", advantage_estimator="rloo"))
     assert (rloo.scale_rewards, rloo.kl_in_reward) == ("none", True)
@@ -193,6 +193,9 @@ def test_dependent_defaults():
     assert (rpp.scale_rewards, rpp.kl_in_reward) == ("batch", True)
     lora = resolve(Config(task="sft", tuner_type="lora", save_safetensors=False))
     assert (lora.lr, lora.merge_lora, lora.truncation_strategy, lora.loss_scale) == (1e-4, False, "delete", "default")
+    pt, dpo, kto = (resolve(Config(task=task)) for task in ("pt", "dpo", "kto"))
+    assert (pt.loss_scale, dpo.loss_scale, dpo.beta, dpo.loss_type) == ("all", "last_round", 0.1, "sigmoid")
+    assert (dpo.truncation_strategy, dpo.eval_steps, kto.loss_type) == ("delete", 500, "kto")
     given = resolve(
         replace(
             rloo, beta=0.0, kl_in_reward=False, epsilon_high=0.28, generation_batch_size=64, steps_per_generation=None
