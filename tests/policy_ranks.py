@@ -99,6 +99,13 @@ class PolicyHost:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self.held, method)(*args)
 
+    def gradients(self, shard: Shard, loss: Any, *batch: Any) -> np.ndarray:
+        """All gradients of a step's loss, summed over the data ranks; no update. Without the distributed optimizer."""
+        policy = self.held
+        policy.training.zero_gradients()
+        policy._run(policy._packed(shard, *batch), loss, backward=True)
+        return np.concatenate([parameter.main_grad.numpy().ravel() for parameter in policy.training.module.parameters()])
+
     def host_bytes(self) -> int:
         """Of the host memory that the optimizer's state goes to."""
         return self.held.optimizer_state.host.numel()
@@ -152,10 +159,24 @@ class Group:
         import ray
 
         refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        results = [result[1] if method == "logprobs" else result for result in ray.get(refs, timeout=120)]
+        kept = method in ("logprobs", "sequence_values")
+        results = [result[1] if kept else result for result in ray.get(refs, timeout=120)]
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
         return [result for result in results if result is not None]
+
+    def gradients(self, shards: list[Shard], *args: Any) -> np.ndarray:
+        """Of the first rank."""
+        import ray
+
+        refs = [actor.gradients.remote(shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
+        return ray.get(refs, timeout=120)[0]
+
+    def on_shards_refs(self, method: str, shards: list[Shard], *args: Any) -> list[Any]:
+        """As `on_shards`, by reference."""
+        import ray
+
+        return [ray.put(result) for result in self.on_shards(method, shards, *args)]
 
     def logprobs(self, shards: list[Shard], *args: Any) -> dict[int, np.ndarray]:
         merged: dict[int, np.ndarray] = {}
