@@ -18,7 +18,7 @@ from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engin
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
-MLP_VALUES = 5  # numbers kept for each of its inner features: both halves, the gate after and around its activation, the product
+MLP_VALUES = 3  # numbers kept for each of its inner features, fused: both halves of the first layer, and their product
 ACTIVATIONS = "activations of"
 BYTES = {"float32": 4, "bfloat16": 2}
 # Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.

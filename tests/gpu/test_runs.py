@@ -55,7 +55,8 @@ def test_it_learns_through_the_death_of_an_engine_and_a_dead_rank_ends_it(gpu_ra
     print(mode, [round(row["reward"], 2) for row in rows], rows[-1])
     assert re.search("^error: policy rank 0 died", log.read_text(), re.MULTILINE), log.read_text()[-3000:]
     assert rows[-1]["engine_restarts"] == 1
-    assert fmean(row["reward"] for row in rows[-5:]) >= rows[0]["reward"] + 0.15
+    rewards = [row["reward"] for row in rows]
+    assert fmean(rewards[-5:]) >= fmean(rewards[:5]) + 0.15, rewards
     assert max(row["rollout_train_logprob_diff"] for row in rows) <= 0.03
     for phase in ("train", "push", "generate"):
         assert 0 < rows[-1][f"max_gpu_gib_{phase}"] and 0 < rows[-1][f"predicted_gpu_gib_{phase}"]
