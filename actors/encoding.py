@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.config import PAIRED
+from actors.head_rows import head_rows
+from rlhf.config import HEADED, PAIRED
 
 PASSED_ON = (
     "messages",
@@ -38,7 +40,7 @@ class Sequence:
 
     token_ids: np.ndarray  # [L] int32
     loss_mask: np.ndarray  # [L] float32: how much the prediction of this token counts
-    targets: tuple[float, ...] = ()  # what the loss wants beside the tokens: kto, 1 for desirable; rm, the margin
+    targets: tuple[float, ...] = ()  # what the loss wants beside the tokens: kto, 1 for desirable; rm, the margin; ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,14 @@ class Encoder:
         from swift.template import get_template
 
         processor = _load_processor(config)
-        self.task = config.task
+        self.config, self.task = config, config.task
         self.prompts_only = prompts_only = config.task == "grpo"
         self.limit = config.max_length or processor.model_info.max_model_len
         if config.packing and config.packing_length:
             self.limit = min(self.limit, config.packing_length)
+        self.has_head = config.task in HEADED
+        if self.has_head:  # ms-swift then ends a text as it does for a head or an embedding
+            processor.model_info.task_type = "seq_cls"
         self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
         self.template = get_template(
             processor,
@@ -106,22 +111,29 @@ class Encoder:
             return conversations
         sequences, truncated = [], False
         for messages, targets in conversations:
-            ids, mask = self._tokens({key: row[key] for key in PASSED_ON if row.get(key)} | {"messages": messages})
+            ids, mask = self._tokens(_passed_on(row) | {"messages": messages})
             truncated |= len(ids) > self.limit
             fitting = self._fit(ids, mask)
             if fitting is None:
                 return TOO_LONG
             ids, mask = fitting
-            if not self.prompts_only and not mask.any():
+            if not (self.prompts_only or self.has_head or mask.any()):
                 return UNTRAINED
             sequences.append(Sequence(token_ids=ids, loss_mask=mask, targets=targets))
         return Row(sequences=tuple(sequences), truncated=truncated)
+
+    def conversation(self, row: dict[str, Any]) -> Sequence:
+        """The whole conversation of a row as one sequence, cut to max_length."""
+        ids, mask = self._fit(*self._tokens(_passed_on(row)))
+        return Sequence(token_ids=ids, loss_mask=mask)
 
     def _conversations(self, row: dict[str, Any]) -> list[tuple[list[dict[str, Any]], tuple[float, ...]]] | str:
         """The conversations that make a row's sequences, each with its targets; or why the row is left out."""
         messages = row["messages"]
         if self.prompts_only:
             return [(without_answer(messages), ())]
+        if self.has_head and self.task not in PAIRED:
+            return head_rows(row, self.config)
         if _is_empty(messages):
             return EMPTY
         if self.task == "kto":
@@ -137,13 +149,20 @@ class Encoder:
         return [(messages, margin), (rejected, margin)]
 
     def _tokens(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt)."""
-        if self.prompts_only:
-            ids = np.array(self.template.encode(conversation)["input_ids"], np.int32)
+        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt, and for a head)."""
+        if self.prompts_only or self.has_head:
+            ids = np.array(self._untrained_ids(conversation), np.int32)
             return ids, np.zeros(len(ids), np.float32)
         if self.jinja:
             return self._encode_with_chat_template(conversation)
         return self._encode_with_template(conversation)
+
+    def _untrained_ids(self, conversation: dict[str, Any]) -> list[int]:
+        if not (self.has_head and self.jinja):
+            return self.template.encode(conversation)["input_ids"]
+        messages = self._with_system(conversation["messages"])
+        text = self._render(messages, conversation, add_generation_prompt=messages[-1]["role"] != "assistant")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def warnings(self, row: dict[str, Any]) -> Iterator[str]:
         """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
@@ -247,6 +266,11 @@ class Encoder:
         )
 
 
+def _passed_on(row: dict[str, Any]) -> dict[str, Any]:
+    """What a template reads of a row."""
+    return {key: row[key] for key in PASSED_ON if row.get(key)}
+
+
 def without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation up to its last message that is not the assistant's."""
     end = len(messages)
@@ -323,7 +347,11 @@ def _load_processor(config: Any) -> Any:
 
         with open(described) as file:
             model = json.load(file)
-        fitting = get_matched_model_types(model.get("architectures"))
+        stored = (model.get("architectures") or [""])[0]
+        architecture = re.sub("(ForSequenceClassification|Model)$", "ForCausalLM", stored)  # what ms-swift knows it by
+        fitting = get_matched_model_types([architecture] if stored else None)
+        if architecture != stored and len(fitting) == 1:
+            model_type = fitting[0]
         if len(fitting) > 1:
             if model.get("model_type") not in fitting:
                 raise ValueError(

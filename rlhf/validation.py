@@ -9,9 +9,19 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
-from rlhf.counts import compares, data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, samples
+from rlhf.config import LOSSES, Config
+from rlhf.counts import (
+    compares,
+    data_ranks,
+    model_ranks,
+    needs_reference,
+    policy_ranks,
+    reward_names,
+    rollout_engines,
+    samples,
+)
 from rlhf.engine_options import check_engine_options
+from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -20,8 +30,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.task in ("rm", "gkd"):
-        raise ValueError(f"rlhf_type {config.task} is not supported yet; there are dpo, kto and grpo")
+    if config.task == "gkd":
+        raise ValueError("rlhf_type gkd is not supported yet; there are dpo, kto, rm and grpo")
     if config.model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     if not config.dataset:
@@ -59,7 +69,10 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
+    _check_head(config, shape)
     _check_reference(config)
+    if config.reward_model is not None:
+        _check_reward_model(config, weights=weights)
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -167,12 +180,15 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_grpo(config: Config) -> None:
-    if not config.reward_funcs:
+    names = reward_names(config)
+    if not names:
         raise ValueError(
-            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"
+            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name; or "
+            "--reward_model"
         )
-    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
-        raise ValueError(f"{len(config.reward_weights)} reward_weights for {len(config.reward_funcs)} reward_funcs")
+    if config.reward_weights is not None and len(config.reward_weights) != len(names):
+        rewards = f"{len(config.reward_funcs)} reward_funcs" + (" and a reward model" if config.reward_model else "")
+        raise ValueError(f"{len(config.reward_weights)} reward_weights for {rewards}")
     if config.num_generations < 2:
         raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
     if config.truncation_strategy == "right":
@@ -219,7 +235,7 @@ def _check_rollout(config: Config, shape: ModelShape) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    known = {"grpo": GRPO_LOSSES, "dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task)
+    known = LOSSES.get(config.task)
     if known is None:
         return
     if config.loss_type not in known:
@@ -228,6 +244,23 @@ def _check_loss(config: Config) -> None:
         raise ValueError(f"beta 0 would make {config.task} learn nothing: it scales the rewards; 0.1 is usual")
     if config.task == "kto" and config.loss_type == "kto" and config.global_batch_size < 2:
         raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
+
+
+def _check_head(config: Config, shape: ModelShape) -> None:
+    head = head_of(config)
+    if head.kind == "seq_cls":
+        if shape.num_labels not in (None, head.num_labels):
+            raise ValueError(
+                f"{config.model} ends in a head of {shape.num_labels} labels, {config.task} is to have {head.num_labels}: "
+                + (f"give --num_labels {shape.num_labels}, or " if config.task == "seq_cls" else "give ")
+                + "the model that it was made from"
+            )
+    elif shape.ending not in ("ForCausalLM", "Model" if head.kind == "embedding" else None):
+        raise ValueError(f"{config.model} has no output layer for tokens (it is a ...{shape.ending}), which {config.task} needs")
+    if config.problem_type == "single_label_classification" and config.num_labels == 1:
+        raise ValueError("num_labels 1 leaves single_label_classification nothing to learn: a yes or no has --num_labels 2")
+    if config.loss_type == "online_contrastive" and config.global_batch_size < 2:
+        raise ValueError("loss_type online_contrastive compares the pairs of a batch: global_batch_size must be 2 or more")
 
 
 def _check_reference(config: Config) -> None:
@@ -250,6 +283,19 @@ def _check_reference(config: Config) -> None:
         raise ValueError(
             f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
         )
+
+
+def _check_reward_model(config: Config, *, weights: bool) -> None:
+    folder = Path(config.reward_model)
+    shape = read_shape(folder)
+    if shape.num_labels != 1:
+        kind = f"a head of {shape.num_labels} labels" if shape.num_labels else "no head of scores"
+        raise ValueError(f"reward_model {folder} has {kind}: a reward is one number; `rlhf --rlhf_type rm` trains such a model")
+    if weights:
+        check_files(folder)
+    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size, "reward_model: ")
+    if reward_names(config).count(folder.name) > 1:
+        raise ValueError(f"reward_model {folder} and a reward function have the same name: rename the folder")
 
 
 def _check_output(config: Config) -> None:

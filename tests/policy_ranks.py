@@ -65,6 +65,9 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "offload_model": False,
         "offload_optimizer": False,
         "megatron": {},
+        "environment": {},
+        "num_labels": None,
+        "problem_type": None,
         "reference": role,
     }
     unknown = set(options) - set(defaults)
@@ -97,7 +100,14 @@ class PolicyHost:
             os.environ.pop(f"NVTE_{name}_ATTN", None)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.held, method)(*args)
+        return getattr(self if method == "gradients" else self.held, method)(*args)
+
+    def gradients(self, shard: Shard, loss: Any, batch_values: list[Any] | None = None) -> dict[str, np.ndarray]:
+        """This rank's gradients of a step that is not taken, by parameter."""
+        self.held.training.zero_gradients()
+        self.held._run(self.held._packed(shard, None, None, batch_values), loss, backward=True)
+        parameters = self.held.training.module.named_parameters()
+        return {name: parameter.main_grad.numpy().copy() for name, parameter in parameters}
 
     def host_bytes(self) -> int:
         """Of the host memory that the optimizer's state goes to."""
@@ -152,7 +162,8 @@ class Group:
         import ray
 
         refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        results = [result[1] if method == "logprobs" else result for result in ray.get(refs, timeout=120)]
+        two = method in ("logprobs", "sequence_values")
+        results = [result[1] if two else result for result in ray.get(refs, timeout=120)]
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
         return [result for result in results if result is not None]

@@ -31,6 +31,7 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        modules_to_save=["output_layer"] if model.head.kind == "seq_cls" else None,
         base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
@@ -82,9 +83,13 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
     settings = model.module.peft_config["default"]
-    replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
+    if model.head.kind == "seq_cls":
+        ends = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    else:
+        ends = {"task_type": "FEATURE_EXTRACTION" if model.head.kind == "embedding" else "CAUSAL_LM"}
+    replace(settings, target_modules=targets, inference_mode=True, **ends).save_pretrained(str(folder))
 
 
 def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder."""
-    return {name: value for name, value in state.items() if ".lora_" in name}
+    """The entries of a sharded state dict that are trained with the adapter: the rest is in the model's folder."""
+    return {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}
