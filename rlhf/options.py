@@ -87,9 +87,10 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     check_parsed(config)
     reference = config.reference
     if reference.model is not None:
-        reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
+        folder = local_model(reference.model, use_hf=config.use_hf, weights=weights, option="reference.model")
+        reference = replace(reference, model=str(folder))
     if config.reward_model is not None:
-        reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights)
+        reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights, option="reward_model")
         config = replace(config, reward_model=str(reward_model))
     folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
     config = replace(config, model=str(folder), reference=reference)

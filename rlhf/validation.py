@@ -21,7 +21,7 @@ from rlhf.counts import (
     samples,
 )
 from rlhf.engine_options import check_engine_options
-from rlhf.heads import head_of
+from rlhf.head_check import check_head, check_reward_model
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -69,10 +69,13 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
-    _check_head(config, shape)
+    check_head(config, shape)
     _check_reference(config)
     if config.reward_model is not None:
-        _check_reward_model(config, weights=weights)
+        reward_shape = check_reward_model(config, weights=weights)
+        check_layout(
+            reward_shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size, "reward_model: "
+        )
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -246,23 +249,6 @@ def _check_loss(config: Config) -> None:
         raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
 
 
-def _check_head(config: Config, shape: ModelShape) -> None:
-    head = head_of(config)
-    if head.kind == "seq_cls":
-        if shape.num_labels not in (None, head.num_labels):
-            raise ValueError(
-                f"{config.model} ends in a head of {shape.num_labels} labels, {config.task} is to have {head.num_labels}: "
-                + (f"give --num_labels {shape.num_labels}, or " if config.task == "seq_cls" else "give ")
-                + "the model that it was made from"
-            )
-    elif shape.ending not in ("ForCausalLM", "Model" if head.kind == "embedding" else None):
-        raise ValueError(f"{config.model} has no output layer for tokens (it is a ...{shape.ending}), which {config.task} needs")
-    if config.problem_type == "single_label_classification" and config.num_labels == 1:
-        raise ValueError("num_labels 1 leaves single_label_classification nothing to learn: a yes or no has --num_labels 2")
-    if config.loss_type == "online_contrastive" and config.global_batch_size < 2:
-        raise ValueError("loss_type online_contrastive compares the pairs of a batch: global_batch_size must be 2 or more")
-
-
 def _check_reference(config: Config) -> None:
     role = config.reference
     given = [name for name, value in vars(role).items() if value is not None]
@@ -283,19 +269,6 @@ def _check_reference(config: Config) -> None:
         raise ValueError(
             f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
         )
-
-
-def _check_reward_model(config: Config, *, weights: bool) -> None:
-    folder = Path(config.reward_model)
-    shape = read_shape(folder)
-    if shape.num_labels != 1:
-        kind = f"a head of {shape.num_labels} labels" if shape.num_labels else "no head of scores"
-        raise ValueError(f"reward_model {folder} has {kind}: a reward is one number; `rlhf --rlhf_type rm` trains such a model")
-    if weights:
-        check_files(folder)
-    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size, "reward_model: ")
-    if reward_names(config).count(folder.name) > 1:
-        raise ValueError(f"reward_model {folder} and a reward function have the same name: rename the folder")
 
 
 def _check_output(config: Config) -> None:

@@ -49,7 +49,8 @@ def swift_ids(model: Path, task: str) -> list[list[int]]:  # noqa: F811
     kinds = {"rm": ("seq_cls", 1), "seq_cls": ("seq_cls", 3)}
     kind, labels = kinds.get(task, (task, None))
     processor = get_processor(str(model), model_type="qwen3", task_type=kind, num_labels=labels, download_model=False)
-    template = get_template(processor, None, None, template_type="chatml", loss_scale=OPTIONS.get(task, {}).get("loss_scale", "default"))
+    scale = OPTIONS.get(task, {}).get("loss_scale", "default")
+    template = get_template(processor, None, None, template_type="chatml", loss_scale=scale)
     template.set_mode("rlhf" if task == "rm" else "train")
     template.config = SimpleNamespace(problem_type="single_label_classification")
     found = template.encode(ROWS[task])

@@ -239,3 +239,76 @@ def test_losses_and_gradients_are_those_of_hugging_face_however_the_batch_is_spl
         for other in gradients[1:]:
             largest = max(np.abs(value).max() for value in gradients[0].values())
             assert max(np.abs(other[key] - value).max() for key, value in gradients[0].items()) <= 1e-6 * largest, name
+
+
+def adapter_loss(task: str):
+    return next(iter(LOSSES[task].values()))
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2"])
+@pytest.mark.parametrize("task", ["rm", "pairs"])
+def test_an_adapter_and_the_head_trained_with_it_load_in_peft_and_merged_and_resume(
+    hosts, model, rows, source, tmp_path, task, layout
+):
+    from peft import PeftModel
+
+    config = config_of(model, task, **LAYOUTS[layout], tuner_type="lora", lr=1e-2, train_iters=10)
+    ranks = SIZES.get(layout, 2)
+    shards = head_shards(rows, source, task, even_split(task, 1, 2))
+
+    def found(group: Any) -> np.ndarray:
+        by_key = values_of(group, shards, outputs)[0]
+        return np.stack([by_key[key] for key in range(SEQUENCES)])
+
+    group = hosts.start(config, ranks)
+    before = found(group)
+    for _ in range(2):
+        group.train_step(shards, adapter_loss(task))
+    after = found(group)
+    assert np.abs(after - before).max() > 1e-2
+    group.call("save", str(tmp_path), 2)
+    third = group.train_step(shards, adapter_loss(task))
+
+    labels = {"num_labels": 1} if task == "rm" else {}
+    kind = AUTO.get(task, AutoModelForSequenceClassification)
+    adapted = PeftModel.from_pretrained(kind.from_pretrained(model, dtype=torch.float32, **labels), tmp_path)
+    for hf in (adapted, hugging_face_model(tmp_path / "merged", task)):
+        np.testing.assert_allclose(after, hugging_face_outputs(hf, task, rows).detach(), atol=1e-5)
+
+    group = hosts.start(config, ranks)
+    assert group.call("load", str(tmp_path))[0] == 2
+    np.testing.assert_allclose(found(group), after, atol=1e-6)
+    assert group.train_step(shards, adapter_loss(task)) == pytest.approx(third, rel=1e-5)
+
+
+def test_a_run_with_a_head_goes_on_from_its_checkpoint_under_another_layout(hosts, model, rows, source, tmp_path):
+    shards = head_shards(rows, source, "rm", even_split("rm", 1, 2))
+    group = hosts.start(config_of(model, "rm"), 1)
+    group.train_step(shards, adapter_loss("rm"))
+    group.call("save", str(tmp_path), 1)
+    second = group.train_step(shards, adapter_loss("rm"))
+    group = hosts.start(config_of(model, "rm", tensor_model_parallel_size=2, sequence_parallel=True), 2)
+    group.call("load", str(tmp_path))
+    assert group.train_step(shards, adapter_loss("rm")) == pytest.approx(second, rel=1e-4)
+
+
+def test_a_new_head_is_the_same_on_all_ranks_and_depends_on_the_seed(hosts, model, rows, source):
+    found = []
+    for seed, layout in ((42, "one"), (42, "tp2"), (42, "pp2"), (43, "one")):
+        group = hosts.start(config_of(model, "rm", seed=seed, **LAYOUTS[layout]), SIZES.get(layout, 2))
+        found.append(values_of(group, head_shards(rows, source, "rm", even_split("rm", 1, 1)), outputs)[0][0][0])
+    assert found[1:3] == pytest.approx([found[0]] * 2, abs=1e-5) and abs(found[3] - found[0]) > 1e-3
+
+
+def test_a_classifier_of_hugging_face_is_read(hosts, rows, source, model, tmp_path):
+    hf = AutoModelForSequenceClassification.from_pretrained(model, num_labels=3, dtype=torch.float32)
+    hf.config.problem_type = "multi_label_classification"
+    hf.save_pretrained(tmp_path / "hf")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "hf")
+    group = hosts.start(config_of(tmp_path / "hf", "seq_cls", problem_type="multi_label_classification"), 1)
+    shards = head_shards(rows, source, "seq_cls", even_split("seq_cls", 1, 2))
+    by_key = values_of(group, shards, outputs)[0]
+    expected = hugging_face_outputs(hf, "seq_cls", rows).detach()
+    np.testing.assert_allclose(np.stack([by_key[key] for key in range(SEQUENCES)]), expected, atol=1e-5)
