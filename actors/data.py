@@ -7,7 +7,7 @@ once, at setup, so that their number is known and rows that are too long or trai
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -52,6 +52,7 @@ class DataWorker:
     def __init__(self, config: Any):
         self.config = config
         self.progress = Progress()
+        self.reward_encoder: Encoder | None = None  # of a reward model
 
     def setup(self) -> DatasetInfo:
         """Load and encode the datasets.
@@ -89,6 +90,31 @@ class DataWorker:
             dataset = self.evaluation if evaluation else self.train
             mismatched = self.config.task == "kto" and self.config.loss_type == "kto"
             return dataset.take_mismatched(start, count) if mismatched else dataset.take(start, count)
+
+    @ray.method(num_returns=2)
+    def answers(self, groups: list[tuple[list[dict[str, Any]], dict[str, Any], tuple[str, ...]]]) -> tuple[RowTokens, RowSummary]:
+        """A row of each response to each prompt (messages, columns, responses), as the reward model reads it.
+
+        What is too long for it loses its beginning.
+        """
+        from actors.encoding import Encoder
+
+        with self.progress.doing(f"encoding {sum(len(texts) for _, _, texts in groups)} responses"):
+            if self.reward_encoder is None:
+                self.reward_encoder = Encoder(reward_model_config(self.config))
+            rows = [
+                self.reward_encoder.conversation(columns | {"messages": [*messages, {"role": "assistant", "content": text}]})
+                for messages, columns, texts in groups
+                for text in texts
+            ]
+        tokens = RowTokens(token_ids=tuple(row.token_ids for row in rows), loss_masks=tuple(row.loss_mask for row in rows))
+        summary = RowSummary(
+            lengths=[len(row.token_ids) for row in rows],
+            trained=[0] * len(rows),
+            targets=[()] * len(rows),
+            units=[[[row]] for row in range(len(rows))],
+        )
+        return tokens, summary
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:
@@ -132,6 +158,12 @@ class DataWorker:
             end_tokens=encoder.end_tokens(),
             warnings=tuple(encoder.warnings(dataset.rows[0])),
         )
+
+
+def reward_model_config(config: Any) -> Any:
+    """What an encoder needs to know of the reward model: its own type, template and length."""
+    own = {"model_type": None, "template": None, "max_length": None, "truncation_strategy": "left", "loss_scale": "last_round"}
+    return replace(config, task="rm", model=config.reward_model, **own)
 
 
 def _own_columns(row: dict[str, Any]) -> dict[str, Any]:

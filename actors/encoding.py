@@ -9,15 +9,15 @@ Letters: L tokens of one conversation.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.config import PAIRED
+from actors.head_rows import head_rows
+from actors.processor import load_processor, own_template
+from rlhf.config import HEADED, PAIRED
 
 PASSED_ON = (
     "messages",
@@ -38,7 +38,7 @@ class Sequence:
 
     token_ids: np.ndarray  # [L] int32
     loss_mask: np.ndarray  # [L] float32: how much the prediction of this token counts
-    targets: tuple[float, ...] = ()  # what the loss wants beside the tokens: kto, 1 for desirable; rm, the margin
+    targets: tuple[float, ...] = ()  # what the loss wants beside the tokens: kto, 1 for desirable; rm, the margin; ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,21 @@ class Encoder:
     def __init__(self, config: Any):
         from swift.template import get_template
 
-        processor = _load_processor(config)
-        self.task = config.task
+        processor = load_processor(config)
+        self.config, self.task = config, config.task
         self.prompts_only = prompts_only = config.task == "grpo"
         self.limit = config.max_length or processor.model_info.max_model_len
         if config.packing and config.packing_length:
             self.limit = min(self.limit, config.packing_length)
+        self.has_head = config.task in HEADED
+        if self.has_head:  # ms-swift then ends a text as it does for a head or an embedding
+            processor.model_info.task_type = "seq_cls"
         self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
         self.template = get_template(
             processor,
             config.system,
             UNLIMITED,
-            template_type=config.template or _own_template(processor, config.template_backend),
+            template_type=config.template or own_template(processor, config.template_backend),
             loss_scale=config.loss_scale or "default",
             template_backend=config.template_backend,
             use_chat_template=config.task != "pt",
@@ -106,22 +109,29 @@ class Encoder:
             return conversations
         sequences, truncated = [], False
         for messages, targets in conversations:
-            ids, mask = self._tokens({key: row[key] for key in PASSED_ON if row.get(key)} | {"messages": messages})
+            ids, mask = self._tokens(_passed_on(row) | {"messages": messages})
             truncated |= len(ids) > self.limit
             fitting = self._fit(ids, mask)
             if fitting is None:
                 return TOO_LONG
             ids, mask = fitting
-            if not self.prompts_only and not mask.any():
+            if not (self.prompts_only or self.has_head or mask.any()):
                 return UNTRAINED
             sequences.append(Sequence(token_ids=ids, loss_mask=mask, targets=targets))
         return Row(sequences=tuple(sequences), truncated=truncated)
+
+    def conversation(self, row: dict[str, Any]) -> Sequence:
+        """The whole conversation of a row as one sequence, cut to max_length."""
+        ids, mask = self._fit(*self._tokens(_passed_on(row)))
+        return Sequence(token_ids=ids, loss_mask=mask)
 
     def _conversations(self, row: dict[str, Any]) -> list[tuple[list[dict[str, Any]], tuple[float, ...]]] | str:
         """The conversations that make a row's sequences, each with its targets; or why the row is left out."""
         messages = row["messages"]
         if self.prompts_only:
             return [(without_answer(messages), ())]
+        if self.has_head and self.task not in PAIRED:
+            return head_rows(row, self.config)
         if _is_empty(messages):
             return EMPTY
         if self.task == "kto":
@@ -137,13 +147,20 @@ class Encoder:
         return [(messages, margin), (rejected, margin)]
 
     def _tokens(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt)."""
-        if self.prompts_only:
-            ids = np.array(self.template.encode(conversation)["input_ids"], np.int32)
+        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt, and for a head)."""
+        if self.prompts_only or self.has_head:
+            ids = np.array(self._untrained_ids(conversation), np.int32)
             return ids, np.zeros(len(ids), np.float32)
         if self.jinja:
             return self._encode_with_chat_template(conversation)
         return self._encode_with_template(conversation)
+
+    def _untrained_ids(self, conversation: dict[str, Any]) -> list[int]:
+        if not (self.has_head and self.jinja):
+            return self.template.encode(conversation)["input_ids"]
+        messages = self._with_system(conversation["messages"])
+        text = self._render(messages, conversation, add_generation_prompt=messages[-1]["role"] != "assistant")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def warnings(self, row: dict[str, Any]) -> Iterator[str]:
         """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
@@ -247,6 +264,11 @@ class Encoder:
         )
 
 
+def _passed_on(row: dict[str, Any]) -> dict[str, Any]:
+    """What a template reads of a row."""
+    return {key: row[key] for key in PASSED_ON if row.get(key)}
+
+
 def without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation up to its last message that is not the assistant's."""
     end = len(messages)
@@ -305,46 +327,3 @@ def _merged(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
         elif text:
             merged.append((text, weight))
     return merged
-
-
-def _load_processor(config: Any) -> Any:
-    """The tokenizer with what ms-swift knows of the model.
-
-    A local folder may fit several of ms-swift's types (Qwen3ForCausalLM: qwen3, qwen3_emb, qwen3_reranker): the one
-    named as config.json's `model_type` is taken.
-    """
-    from swift.model import get_matched_model_meta, get_processor
-
-    model_type = config.model_type
-    described = os.path.join(config.model, "config.json")
-    named_by_folder = get_matched_model_meta(config.model) or os.path.exists(os.path.join(config.model, "args.json"))
-    if model_type is None and os.path.exists(described) and not named_by_folder:
-        from swift.model.model_meta import get_matched_model_types
-
-        with open(described) as file:
-            model = json.load(file)
-        fitting = get_matched_model_types(model.get("architectures"))
-        if len(fitting) > 1:
-            if model.get("model_type") not in fitting:
-                raise ValueError(
-                    f"{config.model} may be one of ms-swift's model types {', '.join(fitting)}: say which, with "
-                    "--model_type"
-                )
-            model_type = model["model_type"]
-    return get_processor(config.model, model_type=model_type, use_hf=config.use_hf, download_model=False)
-
-
-def _own_template(processor: Any, backend: str) -> str | None:
-    """The template named as the model type, where ms-swift cannot choose among several; jinja needs none."""
-    meta = processor.model_meta
-    several = meta.candidate_templates
-    if meta.template is not None or len(several) < 2:
-        return None
-    if meta.model_type in several:
-        return meta.model_type
-    if backend == "jinja":
-        return "dummy"
-    raise ValueError(
-        f"ms-swift has several templates for {meta.model_type}: give --template, one of {', '.join(several)}; "
-        "or --template_backend jinja for the tokenizer's own"
-    )

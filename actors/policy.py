@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from actors.device_memory import peak_gib
 from actors.megatron.rank import MegatronRank
+from rlhf.heads import head_of
 from rlhf.records import MicroBatch, PushReport, RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from actors.megatron.optimizer import Training
     from actors.weights.transport import Transport
 
-    # From the logprobs [T] of a micro batch: its share of the loss of the global batch, and its share of metrics.
+    # From the outputs of a micro batch (logprobs [T], or what a head gives, [B, K]): its share of the loss of the global batch,
+    # and its share of metrics.
     Loss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -41,6 +43,7 @@ class Policy(MegatronRank):
                 tensor=config.tensor_model_parallel_size,
                 pipeline=config.pipeline_model_parallel_size,
                 options=config.megatron,
+                head=head_of(config),
             )
             from actors.megatron.lora import add_adapter
             from actors.megatron.offload import Offload
@@ -116,9 +119,9 @@ class Policy(MegatronRank):
         from actors.megatron.metrics import reduce_metrics, rollout_difference
 
         def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs = self._next_token_logprobs(logits, micro_batch)
-            value, metrics = loss(logprobs, micro_batch.batch)
-            return value, metrics | {"loss": value.detach()} | rollout_difference(logprobs, micro_batch)
+            outputs = self._outputs(logits, micro_batch)
+            value, metrics = loss(outputs, micro_batch.batch)
+            return value, metrics | {"loss": value.detach()} | rollout_difference(outputs, micro_batch)
 
         by_micro_batch = run_micro_batches(self.module, batches, output_loss, backward=backward)
         return reduce_metrics(by_micro_batch) if by_micro_batch else {}

@@ -1,7 +1,7 @@
 """Starts Ray, reserves its resources, and builds the actor groups: the one file of the controller that knows the actors.
 
-A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; the frozen reference shares the policy's
-bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
+A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; frozen models (reference, reward model) share
+the policy's bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rlhf.data import DataFailure, PromptStream, RowStream
 from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
+from rlhf.model_reward import ModelReward
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
@@ -95,16 +96,22 @@ class Cluster:
         data_worker = self._data_worker()
         dataset = data_worker.setup.remote()
         policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
-        reference = rollout = scorer = None
+        reference = reward_model = rollout = scorer = None
         if needs_reference(config):
             ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
             reference = RankGroup("reference", ranks, timeout=config.call_timeout)
+        if config.reward_model is not None:
+            ranks = self._ranks(Frozen, self.policy_ranks, role="reward_model")
+            reward_model = RankGroup("reward model", ranks, timeout=config.call_timeout)
         if samples(config):
             scorer = self.scorer = Scorer(self._reward_worker, config)
-            rollout = self._rollout([ranks for ranks in (policy, reference) if ranks is not None])
+            rollout = self._rollout([ranks for ranks in (policy, reference, reward_model) if ranks is not None])
         policy.setup()
-        if reference is not None:
-            reference.setup()
+        for frozen in (reference, reward_model):
+            if frozen is not None:
+                frozen.setup()
+        if reward_model is not None:
+            scorer.model = ModelReward(reward_model, data_worker, config)
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
         if scorer is not None:
@@ -207,13 +214,14 @@ class Cluster:
     def _server_mode(self) -> bool:
         return samples(self.config) and self.config.vllm_mode == "server"
 
-    def _ranks(self, kind: type, count: int) -> list[Any]:
+    def _ranks(self, kind: type, count: int, **arguments: Any) -> list[Any]:
         return [
             self._create(
                 ray.remote(concurrency_groups={"report": 1})(kind),
                 self._on_bundle(rank % self.policy_ranks),
                 rank=rank,
                 world_size=count,
+                **arguments,
             )
             for rank in range(count)
         ]

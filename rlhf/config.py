@@ -16,8 +16,13 @@ SAMPLED = ("grpo", "gkd")  # tasks whose responses come from rollout engines
 TEXTS = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose dataset says which tokens are trained
 REFERRED = ("grpo", "dpo", "kto")  # tasks with a reference
 PAIRED = ("dpo", "rm")  # tasks whose rows are two answers to one question
-ROWS = ("pt", "sft", "dpo", "kto", "rm", "gkd")  # tasks that train on the dataset's rows
-Task = Literal["pt", "sft", "dpo", "kto", "rm", "gkd", "grpo"]
+RERANKERS = ("reranker", "generative_reranker")  # tasks that score documents for a query
+HEADED = ("rm", "seq_cls", *RERANKERS, "embedding")  # tasks on what the model says at a sequence's last token
+ROWS = ("pt", "sft", "dpo", "kto", "gkd", *HEADED)  # tasks that train on the dataset's rows
+PACKED = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose rows are put into packs of equal size
+Task = Literal[
+    "pt", "sft", "dpo", "kto", "rm", "gkd", "grpo", "seq_cls", "reranker", "generative_reranker", "embedding"
+]
 ALL: tuple[Task, ...] = get_args(Task)
 
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
@@ -26,6 +31,16 @@ DPO_LOSSES = (
     "apo_down", "discopop", "sft",
 )  # fmt: skip
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
+EMBEDDING_LOSSES = ("infonce", "cosine_similarity", "contrastive", "online_contrastive")
+RERANKER_LOSSES = ("pointwise_reranker", "listwise_reranker")
+LOSSES = {  # of each task that has a choice, the default first
+    "grpo": GRPO_LOSSES,
+    "dpo": DPO_LOSSES,
+    "kto": KTO_LOSSES,
+    "embedding": EMBEDDING_LOSSES,
+    "reranker": RERANKER_LOSSES,
+    "generative_reranker": RERANKER_LOSSES,
+}
 
 
 def option(
@@ -50,6 +65,7 @@ grpo = partial(option, tasks=GRPO)
 sampled = partial(option, tasks=SAMPLED)
 dpo = partial(option, tasks=("dpo",))
 kto = partial(option, tasks=("kto",))
+seq_cls = partial(option, tasks=("seq_cls",))
 own = partial(option, own=True)
 own_grpo = partial(option, tasks=GRPO, own=True)
 own_sampled = partial(option, tasks=SAMPLED, own=True)
@@ -107,9 +123,9 @@ class DataOptions:
         tasks=TEXTS,
     )
     packing: bool = option(
-        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=ROWS
+        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=PACKED
     )
-    packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=ROWS, least=1)
+    packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=PACKED, least=1)
     val_dataset: list[str] = rows([], "files or hub ids to evaluate on, every eval_steps")
     split_dataset_ratio: float = rows(0.0, "share of the rows kept from training, to evaluate on", least=0, most=0.9)
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
@@ -203,8 +219,8 @@ class PreferenceOptions:
 
     loss_type: str | None = option(
         None,
-        f"grpo: {' '.join(GRPO_LOSSES)}; dpo: {' '.join(DPO_LOSSES)}; kto: {' '.join(KTO_LOSSES)} (default: the first)",
-        tasks=REFERRED,
+        "; ".join(f"{task}: {' '.join(losses)}" for task, losses in LOSSES.items()) + " (default: the first)",
+        tasks=tuple(LOSSES),
     )
     beta: float | None = option(
         None, "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference "
@@ -221,6 +237,21 @@ class PreferenceOptions:
     )
     desirable_weight: float = kto(1.0, "weight of desirable responses", least=0)
     undesirable_weight: float = kto(1.0, "weight of undesirable responses", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Scores and classes"""
+
+    num_labels: int | None = seq_cls(
+        None, "classes, or numbers of a regression (default: those of the model's own head)", least=1
+    )
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = seq_cls(
+        None, "what labels are (default: the model's own; else with 1 label regression, with more single_label_classification)"
+    )
+    center_rewards_coefficient: float | None = option(
+        None, "weight of the squared sum of a pair's scores, which keeps them around 0 (default: none)", tasks=("rm",), least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +289,8 @@ class RewardOptions:
     """Rewards"""
 
     reward_funcs: list[str] = grpo([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
-    reward_weights: list[float] | None = grpo(None, "one a function (default: 1 each)")
+    reward_model: str | None = grpo(None, "folder, or hub id, of a model with one label: its score is a reward, the last one")
+    reward_weights: list[float] | None = grpo(None, "one a function, then the reward model's (default: 1 each)")
     external_plugins: list[str] = grpo([], "Python files with reward functions")
     cosine_min_len_value_wrong: float = grpo(-0.5, "cosine: wrong and empty")
     cosine_max_len_value_wrong: float = grpo(0.0, "cosine: wrong and longest")
@@ -330,12 +362,13 @@ class OutputOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, PreferenceOptions, LoraOptions, OptimizerOptions, MemoryOptions,
-    BatchOptions, ParallelOptions, DataOptions, ModelOptions,
+    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, HeadOptions, PreferenceOptions, LoraOptions, OptimizerOptions,
+    MemoryOptions, BatchOptions, ParallelOptions, DataOptions, ModelOptions,
 ):  # fmt: skip
     """Pass-through"""
 
     task: Task = field(default="grpo", metadata={"positional": True})
+    environment: dict[str, str] = field(default_factory=dict)  # ms-swift's variables that the task reads, see rlhf/variables.py
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
     megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")

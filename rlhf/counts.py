@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
 
-from rlhf.config import Config
+from rlhf.config import PAIRED, RERANKERS, Config
+from rlhf.variables import variable
 
 
 def policy_ranks(config: Config) -> int:
@@ -47,6 +49,22 @@ def compares(config: Config) -> bool:
 def needs_reference(config: Config) -> bool:
     """Whether a frozen reference group runs beside the policy (with LoRA the policy serves, its adapter disabled)."""
     return compares(config) and config.tuner_type == "full"
+
+
+def reward_names(config: Config) -> list[str]:
+    """The rewards in the order of `reward_weights`: functions, then the reward model by its folder's name."""
+    return [*config.reward_funcs, *([Path(config.reward_model).name] if config.reward_model else [])]
+
+
+def row_sequences(config: Config) -> int:
+    """Sequences of a row that are read in one micro batch; of an infonce row the least, an anchor and its positive."""
+    if config.task in PAIRED:
+        return 2
+    if config.task == "embedding":
+        return 2 + ((variable(config, "INFONCE_HARD_NEGATIVES") or 0) if config.loss_type == "infonce" else 0)
+    if config.task in RERANKERS:
+        return variable(config, "MAX_POSITIVE_SAMPLES") * (1 + variable(config, "MAX_NEGATIVE_SAMPLES"))
+    return 1
 
 
 def total_steps(config: Config, num_rows: int) -> int:

@@ -107,12 +107,12 @@ def dpo_loss(
     sums, ref_sums = logprob_sums(logprobs, batch, ld_alpha=ld_alpha).unbind(1)
     counted, lengths = batch.sequence_weights, sequence_sums(batch.loss_mask, batch)
     whole = loss_type in WHOLE_BATCH_LOSS_TYPES
-    pairs = [_pairs(values) for values in (sums, ref_sums.detach(), lengths)]
+    pairs = [pairs_of(values) for values in (sums, ref_sums.detach(), lengths)]
     if whole:
         assert batch.batch_values is not None, f"loss_type {loss_type} needs the logprobs of the whole batch"
         own = counted != 0
         all_sums = batch.batch_values[:, 0].index_put((batch.keys[own],), sums[own])
-        pairs_of_loss = [_pairs(all_sums), _pairs(batch.batch_values[:, 1]), _pairs(batch.batch_values[:, 0] * 0 + 1)]
+        pairs_of_loss = [pairs_of(all_sums), pairs_of(batch.batch_values[:, 1]), pairs_of(batch.batch_values[:, 0] * 0 + 1)]
     else:
         pairs_of_loss = pairs
     (chosen, rejected), (ref_chosen, ref_rejected), (chosen_lengths, rejected_lengths) = pairs_of_loss
@@ -128,10 +128,10 @@ def dpo_loss(
         mean_chosen_length=mean_chosen_length,
         **options,
     )
-    weights, _ = _pairs(counted)
-    loss = _share_of(losses.mean(), weights.sum()) if whole else (weights * losses).sum()
+    weights, _ = pairs_of(counted)
+    loss = share_of(losses.mean(), weights.sum()) if whole else (weights * losses).sum()
     if rpo_alpha:
-        plain = _pairs(sequence_sums(logprobs * (batch.loss_mask != 0), batch))[0]
+        plain = pairs_of(sequence_sums(logprobs * (batch.loss_mask != 0), batch))[0]
         loss = loss + rpo_alpha * (weights * chosen_nll(plain, mean_chosen_length=mean_chosen_length)).sum()
     (chosen, rejected), (ref_chosen, ref_rejected), _ = pairs
     rewards = reward_metrics(*dpo_rewards(chosen, rejected, ref_chosen, ref_rejected, beta=beta))
@@ -173,7 +173,7 @@ def logprob_sums(logprobs: torch.Tensor, batch: MicroBatch, *, ld_alpha: float |
     mask = (batch.loss_mask != 0).to(logprobs.dtype)
     if ld_alpha is not None:
         lengths = sequence_sums(mask, batch)
-        chosen, rejected = _pairs(lengths)
+        chosen, rejected = pairs_of(lengths)
         shared = chosen.minimum(rejected).repeat_interleave(2)
         shared = torch.cat([shared, lengths[len(shared) :]])
         mask = ld_dpo_weights(mask, batch.sequence_ids, shared, ld_alpha=ld_alpha)
@@ -187,12 +187,12 @@ def sequence_sums(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     return values.new_zeros(len(batch.sequence_weights)).index_add(0, batch.sequence_ids, values)
 
 
-def _pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pairs_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[B] -> chosen [P], rejected [P]: a last sequence without a partner is padding."""
     return values[: len(values) // 2 * 2].view(-1, 2).unbind(1)
 
 
-def _share_of(loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def share_of(loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """This micro batch's share of a loss of the whole batch, with the gradient of all of it."""
     return loss - loss.detach() * (1 - share)
 

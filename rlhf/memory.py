@@ -10,11 +10,12 @@ GPU, the policy what it does not offload).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rlhf.config import PAIRED, Config
-from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines, samples
+from rlhf.config import Config
+from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines, row_sequences, samples
+from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
@@ -73,6 +74,18 @@ def reference_memory(config: Config, shape: ModelShape) -> Memory:
     )
 
 
+def reward_model_memory(config: Config) -> Memory | None:
+    """A rank of the frozen reward model, on the policy's layout; None without one."""
+    if config.reward_model is None:
+        return None
+    shape = _without_output(read_shape(Path(config.reward_model)))
+    tensor, size = config.tensor_model_parallel_size, BYTES[config.torch_dtype]
+    return Memory(
+        weights=shape.rank_parameters(tensor, config.pipeline_model_parallel_size) * size,
+        activations=micro_batch_tokens(config) * _layer_values(shape, tensor, split=False) * size,
+    )
+
+
 def engine_memory(config: Config, shape: ModelShape) -> Memory:
     """One device of a vLLM engine; its KV cache holds all responses that it decodes at a time, each at its longest."""
     return Memory(
@@ -102,8 +115,8 @@ def longest_sequence(config: Config) -> int:
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Tokens of the fullest micro batch: a sequence (of a preference: the pair) longer than the budget makes one alone."""
-    longest = config.packing_length if config.packing else longest_sequence(config) * (2 if config.task in PAIRED else 1)
+    """Tokens of the fullest micro batch: a row (of a preference: the pair) longer than the budget makes one alone."""
+    longest = config.packing_length if config.packing else longest_sequence(config) * row_sequences(config)
     return max(config.micro_batch_tokens, longest) if config.micro_batch_tokens else config.micro_batch_size * longest
 
 
@@ -128,7 +141,7 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
         again = entry + MLP_VALUES * shape.ffn_size // tensor
         kept -= layers * again
     first = kept * size * min(pipeline, _micro_batches(config)) + again * size
-    last = kept * size + _columns(shape, tensor) * _loss_bytes(config)
+    last = kept * size + _outputs(config, shape) * _loss_bytes(config)
     return micro_batch_tokens(config) * max(first, last)
 
 
@@ -159,6 +172,14 @@ def _loss_bytes(config: Config) -> int:
     return 14 if config.cross_entropy_loss_fusion else 11
 
 
+def _outputs(config: Config, shape: ModelShape) -> int:
+    """Numbers a token that the policy's last stage gives to the loss."""
+    head = head_of(config)
+    if head.is_language_model:
+        return _columns(shape, config.tensor_model_parallel_size)
+    return shape.hidden_size if head.kind == "embedding" else head.num_labels or 1
+
+
 def _columns(shape: ModelShape, tensor_size: int) -> int:
     """Columns of the logits on one tensor rank."""
     return -(-shape.vocab_size // tensor_size)
@@ -172,9 +193,16 @@ def shares_gpus(config: Config) -> bool:
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
     """The policy's, and the frozen reference's (None without one), of a config whose models are local folders."""
     shape = read_shape(Path(config.model))
+    if head_of(config).kind in ("seq_cls", "embedding"):
+        shape = _without_output(shape)
     if not needs_reference(config):
         return shape, None
     return shape, read_shape(Path(config.reference.model)) if config.reference.model else shape
+
+
+def _without_output(shape: ModelShape) -> ModelShape:
+    """Of a model without an output matrix; a head of scores is too small to count."""
+    return replace(shape, tied_embeddings=True)
 
 
 def phases(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
@@ -191,15 +219,17 @@ def holdings(
     """
     policy = policy_memory(config, shape)
     reference = reference_memory(config, reference_shape) if reference_shape else None
+    reward_model = reward_model_memory(config)
+    frozen = {"reference weights": reference, "reward model weights": reward_model}
+    frozen = {name: memory for name, memory in frozen.items() if memory is not None}
     ranks = {
-        "contexts": RANK_CONTEXT * (2 if reference else 1),
+        "contexts": RANK_CONTEXT * (1 + len(frozen)),
         "policy weights": policy.weights,
         "optimizer state": policy.optimizer,
     }
-    if reference:
-        ranks["reference weights"] = reference.weights
+    ranks |= {name: memory.weights for name, memory in frozen.items()}
     gradients = {"gradients": policy.gradients}
-    work = max(policy.activations, reference.activations if reference else 0)
+    work = max(memory.activations for memory in (policy, *frozen.values()))
     activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
     train = ranks | gradients | activations
     if not samples(config):
@@ -211,13 +241,13 @@ def holdings(
         return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
     asleep = {"sleeping engine": ENGINE_RESIDUE}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
-    reference_weights = {"reference weights"} if config.offload_model else set()
+    frozen_weights = set(frozen) if config.offload_model else set()
     policy_weights = {"policy weights"} if config.offload_model else set()
     loaded = {"engine weights": engine_memory(config, shape).weights}
     return {
         "train": train | asleep,
-        "push": _without(ranks, optimizer | reference_weights) | asleep | loaded | buffers,
-        "generate": _without(ranks, optimizer | reference_weights | policy_weights) | engine,
+        "push": _without(ranks, optimizer | frozen_weights) | asleep | loaded | buffers,
+        "generate": _without(ranks, optimizer | frozen_weights | policy_weights) | engine,
     }
 
 
@@ -227,6 +257,8 @@ def offloaded(config: Config, shape: ModelShape, reference_shape: ModelShape | N
     size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
     if reference_shape and config.offload_model:
         size += reference_memory(config, reference_shape).weights
+    if config.reward_model is not None and config.offload_model:
+        size += reward_model_memory(config).weights
     return ranks * size
 
 

@@ -17,6 +17,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "model_max_length", "max_seq_len")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_*.py", "*.tiktoken")
+ENDINGS = ("ForCausalLM", "ForSequenceClassification", "Model")  # of an architecture's name: what the model ends in
 QKV_BIAS = {"qwen2"}  # always there; elsewhere `attention_bias` says
 QK_NORM = {"qwen3"}
 COUNTED = {"qwen2", "qwen3", "llama", "mistral"}
@@ -41,6 +42,9 @@ class ModelShape:
     qk_norm: bool
     max_length: int | None  # tokens
     dtype: str  # "float32", "bfloat16", ...
+    ending: str = ENDINGS[0]  # of ENDINGS
+    num_labels: int | None = None  # of a head for classes
+    problem_type: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -90,24 +94,24 @@ class ModelShape:
         return self.num_layers // pipeline_size * sum(rank * (width + height) for width, height in chosen.values())
 
 
-def local_model(name: str, *, use_hf: bool, weights: bool = True) -> Path:
-    """The folder of a model: `name` itself, or the local copy of the hub id that it is.
+def local_model(name: str, *, use_hf: bool, weights: bool = True, option: str = "model") -> Path:
+    """The folder of a model: `name` itself, or the local copy of the hub id that it is; `option` has named it.
 
     A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError.
     """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"--model {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
+        raise ValueError(f"--{option} {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise ValueError(f"--model {name} is a file: give the folder that holds config.json")
+        raise ValueError(f"--{option} {name} is a file: give the folder that holds config.json")
     if HUB_ID.fullmatch(name):
-        return _download(name, use_hf=use_hf, weights=weights)
-    raise ValueError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
+        return _download(name, use_hf=use_hf, weights=weights, option=option)
+    raise ValueError(f"--{option} {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
 
 
-def _download(name: str, *, use_hf: bool, weights: bool) -> Path:
+def _download(name: str, *, use_hf: bool, weights: bool, option: str) -> Path:
     hub = "Hugging Face" if use_hf else "ModelScope"
     try:
         if use_hf:
@@ -119,7 +123,7 @@ def _download(name: str, *, use_hf: bool, weights: bool) -> Path:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         other = "" if use_hf else " (--use_hf takes it from Hugging Face)"
         raise ValueError(
-            f"--model {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
+            f"--{option} {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
         ) from None
 
 
@@ -131,8 +135,10 @@ def read_shape(folder: Path) -> ModelShape:
         raise ValueError(f"{folder}: {kind} is a mixture-of-experts model, which is not supported yet")
     if "vision_config" in values or "audio_config" in values or "text_config" in values:
         raise ValueError(f"{folder}: {kind} is a multimodal model, which is not supported yet")
-    if architectures and not architectures[0].endswith("ForCausalLM"):
-        raise ValueError(f"{folder}: {architectures[0]} is not a causal language model (...ForCausalLM)")
+    ending = next((ending for ending in ENDINGS if architectures and architectures[0].endswith(ending)), None)
+    if architectures and ending is None:
+        raise ValueError(f"{folder}: {architectures[0]} is not a causal language model (...ForCausalLM) or made from one")
+    has_classes = ending == "ForSequenceClassification"
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
         bias = bool(values.get("attention_bias", False))
@@ -153,6 +159,9 @@ def read_shape(folder: Path) -> ModelShape:
             qk_norm=kind in QK_NORM,
             max_length=min(lengths) if lengths else None,
             dtype=str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch."),
+            ending=ending or ENDINGS[0],
+            num_labels=len(values.get("id2label") or "01") if has_classes else None,  # 2 is transformers' default
+            problem_type=values.get("problem_type") if has_classes else None,
         )
     except KeyError as error:
         raise ValueError(

@@ -20,6 +20,7 @@ from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from rlhf.validation import check_parsed, validate
+from rlhf.variables import read_environment
 
 ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
 PASS_THROUGH = ("megatron", "vllm")
@@ -28,15 +29,25 @@ LATER = ("export", "infer", "eval", "rollout")
 # The first word of a command, the option that then names the task (its default first), and the task of each value.
 COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
     "pt": (None, {None: "pt"}),
-    "sft": ("task_type", {"causal_lm": "sft"}),
+    "sft": (
+        "task_type",
+        {
+            "causal_lm": "sft",
+            "seq_cls": "seq_cls",
+            "embedding": "embedding",
+            "reranker": "reranker",
+            "generative_reranker": "generative_reranker",
+        },
+    ),
     "rlhf": ("rlhf_type", {"dpo": "dpo", "kto": "kto", "rm": "rm", "gkd": "gkd", "grpo": "grpo"}),
 }
 
 USAGE = """usage: megaray pt|sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
        megaray plan pt|sft|rlhf [the same options]   batches, placement and memory; nothing is started
        megaray check                                 the environment, and the command that mends what is missing
-       megaray [pt|sft|rlhf [--rlhf_type TYPE]] --help
-rlhf_type: dpo (the default), kto, rm, gkd or grpo"""
+       megaray [pt|sft|rlhf [--task_type TYPE | --rlhf_type TYPE]] --help
+task_type (sft): causal_lm (the default), seq_cls, embedding, reranker or generative_reranker
+rlhf_type (rlhf): dpo (the default), kto, rm, gkd or grpo"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +87,14 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     check_parsed(config)
     reference = config.reference
     if reference.model is not None:
-        reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
+        folder = local_model(reference.model, use_hf=config.use_hf, weights=weights, option="reference.model")
+        reference = replace(reference, model=str(folder))
+    if config.reward_model is not None:
+        reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights, option="reward_model")
+        config = replace(config, reward_model=str(reward_model))
     folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
     config = replace(config, model=str(folder), reference=reference)
+    config = replace(config, environment=read_environment(config.task))
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)

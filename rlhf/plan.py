@@ -20,6 +20,7 @@ from rlhf.memory import (
     policy_memory,
     reference_memory,
     responses_at_a_time,
+    reward_model_memory,
     shapes,
 )
 from rlhf.model_folder import ModelShape
@@ -99,6 +100,9 @@ def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None
         count = config.reference.nproc or ranks
         place = f"with the policy, {_bundles(0, min(count, ranks))}"
         roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, reference_shape)))
+    if config.reward_model is not None:
+        place = f"with the policy, {_bundles(0, ranks)}"
+        roles.append(Role(name="reward model", count=ranks, place=place, memory=reward_model_memory(config)))
     if not samples(config):
         return [*roles, Role(name="data", count=1, place="driver's node")]
     engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
@@ -176,7 +180,7 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
 
 def _place_lines(config: Config, made: Plan) -> list[str]:
     kind = "1 GPU" if made.devices.gpus else f"{config.cpus_per_rank:g} CPU"
-    lines = [f"{role.name:<10} {role.count} x  {role.place}" for role in made.roles]
+    lines = [f"{role.name:<12} {role.count} x  {role.place}" for role in made.roles]
     have = made.devices.gpus or made.devices.cores
     ranks = policy_ranks(config)
     own = rollout_engines(config) * config.vllm_tensor_parallel_size if config.vllm_mode == "server" else 0

@@ -23,6 +23,8 @@ PROGRESS = {
     "kl": ("kl", ".3g"),
     "loss": ("loss", ".4g"),
     "accuracy": ("rewards/accuracies", ".3f"),
+    "right": ("accuracy", ".3f"),
+    "recall": ("recall@1", ".3f"),
     "grad": ("grad_norm", ".3g"),
     "lr": ("lr", ".2e"),
     "tok/s": ("tokens_per_second", ",.0f"),

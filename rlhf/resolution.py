@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
+from rlhf.config import LOSSES, Config
 from rlhf.counts import samples
 from rlhf.model_folder import ModelShape
 
+PREFERENCES = ("dpo", "kto", "rm", "gkd")  # their loss_scale is last_round
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 BY_ESTIMATOR = {  # scale_rewards, kl_in_reward
     "grpo": ("group", False),
@@ -38,24 +39,36 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
     if shape is not None:
         values["torch_dtype"] = config.torch_dtype or _trainable_dtype(shape)
     config = replace(config, **values)
+    if config.task == "seq_cls":
+        config = _resolve_labels(config, shape)
     limit = shape.max_length if shape is not None else None
     return _resolve_grpo(config, limit) if config.task == "grpo" else _resolve_rows(config, limit)
 
 
 def _resolve_rows(config: Config, limit: int | None) -> Config:
     max_length = config.max_length or limit
-    losses = {"dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task, (None,))
     return replace(
         config,
         max_length=max_length,
         truncation_strategy=config.truncation_strategy or "delete",
-        loss_scale=config.loss_scale or {"sft": "default", "pt": "all"}.get(config.task, "last_round"),
-        loss_type=config.loss_type or losses[0],
+        loss_scale=config.loss_scale or {"pt": "all", **dict.fromkeys(PREFERENCES, "last_round")}.get(config.task, "default"),
+        loss_type=config.loss_type or LOSSES.get(config.task, (None,))[0],
         beta=_or(config.beta, 0.5 if config.task == "gkd" else 0.1),
         packing_length=config.packing_length or (max_length if config.packing else None),
         val_dataset=[_absolute_rows(name) for name in config.val_dataset],
         eval_steps=config.eval_steps or config.save_steps,
     )
+
+
+def _resolve_labels(config: Config, shape: ModelShape | None) -> Config:
+    """Labels are those of the model's own head, when it has one."""
+    num_labels, kind = config.num_labels, config.problem_type
+    if shape is not None:
+        num_labels, kind = num_labels or shape.num_labels, kind or shape.problem_type
+    if num_labels is None:
+        raise ValueError("--num_labels is missing: the number of classes, or 1 for a regression")
+    kind = kind or ("regression" if num_labels == 1 else "single_label_classification")
+    return replace(config, num_labels=num_labels, problem_type=kind)
 
 
 def _resolve_grpo(config: Config, limit: int | None) -> Config:
@@ -70,7 +83,7 @@ def _resolve_grpo(config: Config, limit: int | None) -> Config:
         max_length=max_length,
         vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
         truncation_strategy=config.truncation_strategy or "left",
-        loss_type=config.loss_type or GRPO_LOSSES[0],
+        loss_type=config.loss_type or LOSSES["grpo"][0],
         beta=_or(config.beta, 0.04),
         epsilon_high=_or(config.epsilon_high, config.epsilon),
         scale_rewards=config.scale_rewards or scale,

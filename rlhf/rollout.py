@@ -106,8 +106,10 @@ class RolloutEngines:
 
         `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length and
         stop_words. With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at
-        once and in order.
+        once and in order. Engines that made room since the last push get the weights again.
         """
+        if self.asleep and self.policy is not None:
+            self.push(self.policy)
         start, elsewhere = time.monotonic(), self.seconds["push"] + self.seconds["switch"]
         self.setup()
         try:

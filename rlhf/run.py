@@ -68,13 +68,28 @@ def refuse_what_cannot_fit(config: Config) -> None:
 
 def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
     """Build the actors, restore what is resumed, run the task's loop."""
+    from rlhf.classification import train_classification
     from rlhf.dpo import train_dpo
+    from rlhf.embedding import train_embedding
     from rlhf.grpo import train_grpo
     from rlhf.kto import train_kto
     from rlhf.metrics import RunLog
+    from rlhf.reranker import train_reranker
+    from rlhf.reward_model import train_reward_model
     from rlhf.sft import train_sft
 
-    loops = {"pt": train_sft, "sft": train_sft, "dpo": train_dpo, "kto": train_kto, "grpo": train_grpo}
+    loops = {
+        "pt": train_sft,
+        "sft": train_sft,
+        "dpo": train_dpo,
+        "kto": train_kto,
+        "rm": train_reward_model,
+        "grpo": train_grpo,
+        "seq_cls": train_classification,
+        "embedding": train_embedding,
+        "reranker": train_reranker,
+        "generative_reranker": train_reranker,
+    }
     config, roles = cluster.config, cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)

@@ -82,7 +82,7 @@ _REASONS: dict[str, str] = {
         local_repo_path model_kwargs check_model=true bridge_backend=mcore-bridge enable_npu_model_patch=true
         perform_initialization=false use_cpu_initialization=false data_parallel_random_init=false""",
     "only language modelling is supported yet": """
-        task_type=causal_lm num_labels problem_type mrl_dims enable_dft_loss=false enable_channel_loss=false""",
+        task_type=causal_lm mrl_dims enable_dft_loss=false enable_channel_loss=false""",
     "give a Hugging Face folder as --model, or continue a run by --resume_from_checkpoint": """
         mcore_model mcore_adapter mcore_ref_model mcore_ref_adapter adapters ref_adapters no_load_optim=false
         no_load_rng=false load_args=false load_data_args=false""",
@@ -101,7 +101,6 @@ _REASONS: dict[str, str] = {
         freeze_parameters freeze_parameters_regex freeze_parameters_ratio=0 trainable_parameters
         trainable_parameters_regex target_regex modules_to_save lora_bias=none lora_dtype use_rslora=false
         tuner_backend=peft use_swift_lora=false""",
-    "rlhf_type rm is not supported yet": "center_rewards_coefficient",
     "the loss type says whether there is a KL term: use --loss_type kto or apo_zero_unpaired": "calculate_KL",
     "teachers (rlhf_type gkd) are not supported yet": """
         teacher_model teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key gkd_logits_topk
@@ -114,7 +113,7 @@ _REASONS: dict[str, str] = {
         off_policy_sequence_mask_delta log_entropy=false top_entropy_quantile=1 log_rollout_offpolicy_metrics=false
         sync_ref_model=false ref_model_sync_steps ref_model_mixup_alpha structured_outputs_regex""",
     "generation and training do not overlap yet": "async_generate=false max_staleness=0",
-    "reward models are not supported yet; reward functions are": "reward_model reward_model_plugin",
+    "a reward model's score is taken as it is; for anything else write a reward function": "reward_model_plugin",
     "conversations of several turns are not supported yet": """
         multi_turn_scheduler max_turns=1 completion_length_limit_scope=per_round use_gym_env=false gym_env
         vllm_server_pass_dataset=false""",

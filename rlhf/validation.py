@@ -9,9 +9,19 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
-from rlhf.counts import compares, data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, samples
+from rlhf.config import LOSSES, Config
+from rlhf.counts import (
+    compares,
+    data_ranks,
+    model_ranks,
+    needs_reference,
+    policy_ranks,
+    reward_names,
+    rollout_engines,
+    samples,
+)
 from rlhf.engine_options import check_engine_options
+from rlhf.head_check import check_head, check_reward_model
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -20,8 +30,8 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.task in ("rm", "gkd"):
-        raise ValueError(f"rlhf_type {config.task} is not supported yet; there are dpo, kto and grpo")
+    if config.task == "gkd":
+        raise ValueError("rlhf_type gkd is not supported yet; there are dpo, kto, rm and grpo")
     if config.model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     if not config.dataset:
@@ -59,7 +69,13 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
+    check_head(config, shape)
     _check_reference(config)
+    if config.reward_model is not None:
+        reward_shape = check_reward_model(config, weights=weights)
+        check_layout(
+            reward_shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size, "reward_model: "
+        )
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -167,12 +183,15 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_grpo(config: Config) -> None:
-    if not config.reward_funcs:
+    names = reward_names(config)
+    if not names:
         raise ValueError(
-            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"
+            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name; or "
+            "--reward_model"
         )
-    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
-        raise ValueError(f"{len(config.reward_weights)} reward_weights for {len(config.reward_funcs)} reward_funcs")
+    if config.reward_weights is not None and len(config.reward_weights) != len(names):
+        rewards = f"{len(config.reward_funcs)} reward_funcs" + (" and a reward model" if config.reward_model else "")
+        raise ValueError(f"{len(config.reward_weights)} reward_weights for {rewards}")
     if config.num_generations < 2:
         raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
     if config.truncation_strategy == "right":
@@ -219,7 +238,7 @@ def _check_rollout(config: Config, shape: ModelShape) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    known = {"grpo": GRPO_LOSSES, "dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task)
+    known = LOSSES.get(config.task)
     if known is None:
         return
     if config.loss_type not in known:

@@ -65,6 +65,9 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "offload_model": False,
         "offload_optimizer": False,
         "megatron": {},
+        "environment": {},
+        "num_labels": None,
+        "problem_type": None,
         "reference": role,
     }
     unknown = set(options) - set(defaults)
@@ -97,14 +100,14 @@ class PolicyHost:
             os.environ.pop(f"NVTE_{name}_ATTN", None)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.held, method)(*args)
+        return getattr(self if method == "gradients" else self.held, method)(*args)
 
-    def gradients(self, shard: Shard, loss: Any, *batch: Any) -> np.ndarray:
-        """All gradients of a step's loss, summed over the data ranks; no update. Without the distributed optimizer."""
+    def gradients(self, shard: Shard, loss: Any, *batch: Any) -> dict[str, np.ndarray]:
+        """By parameter, those of a step that is not taken, summed over the data ranks; without the distributed optimizer."""
         policy = self.held
         policy.training.zero_gradients()
         policy._run(policy._packed(shard, *batch), loss, backward=True)
-        return np.concatenate([parameter.main_grad.numpy().ravel() for parameter in policy.training.module.parameters()])
+        return {name: parameter.main_grad.numpy().copy() for name, parameter in policy.training.module.named_parameters()}
 
     def host_bytes(self) -> int:
         """Of the host memory that the optimizer's state goes to."""
@@ -159,18 +162,18 @@ class Group:
         import ray
 
         refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        kept = method in ("logprobs", "sequence_values")
-        results = [result[1] if kept else result for result in ray.get(refs, timeout=120)]
+        two = method in ("logprobs", "sequence_values")
+        results = [result[1] if two else result for result in ray.get(refs, timeout=120)]
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
         return [result for result in results if result is not None]
 
-    def gradients(self, shards: list[Shard], *args: Any) -> np.ndarray:
+    def gradients(self, shards: list[Shard], *args: Any) -> dict[str, np.ndarray]:
         """Of the first rank."""
         import ray
 
-        refs = [actor.gradients.remote(shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        return ray.get(refs, timeout=120)[0]
+        calls = zip(self.actors, self.infos)
+        return ray.get([actor.call.remote("gradients", shards[info.data_rank], *args) for actor, info in calls], timeout=120)[0]
 
     def on_shards_refs(self, method: str, shards: list[Shard], *args: Any) -> list[Any]:
         """As `on_shards`, by reference."""

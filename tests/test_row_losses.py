@@ -48,7 +48,8 @@ class OneStep:
 
     def on_shards(self, method, shards, loss, *batch):
         self.metrics = self.ranks.on_shards("evaluate", shards, loss, *batch)[0]
-        self.gradients = self.ranks.gradients(shards, loss, *batch)
+        by_name = self.ranks.gradients(shards, loss, *batch)
+        self.gradients = np.concatenate([gradient.ravel() for gradient in by_name.values()])
         return [self.metrics]
 
     def state(self):

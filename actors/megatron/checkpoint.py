@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from actors.megatron.head import described
 from actors.megatron.lora import adapter_merged, adapter_parameters, save_adapter
 from actors.megatron.model import Model
 from actors.megatron.optimizer import Training
@@ -198,4 +199,5 @@ def _copy_companions(model: Model, folder: Path, *, config: bool) -> None:
     settings = json.loads((model.folder / "config.json").read_text())
     written = str(model.dtype).removeprefix("torch.")
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = written
+    settings = described(settings, model.head, model.folder)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

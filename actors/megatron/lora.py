@@ -10,6 +10,7 @@ from typing import Any
 
 from actors.megatron.model import Model
 
+PEFT_TASKS = {"seq_cls": ("SEQ_CLS", ["score"]), "embedding": ("FEATURE_EXTRACTION", None)}  # and what is trained as a whole
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Megatron's names
 
 
@@ -31,6 +32,7 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        modules_to_save=["output_layer"] if model.head.kind == "seq_cls" else None,
         base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
@@ -77,14 +79,25 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     bridge.save_weights([model.module], str(folder), peft_format=True)
     if rank:
         return
-    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
 
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
-    settings = model.module.peft_config["default"]
-    replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if model.head.kind == "embedding":  # of a model without an outer class, whose names have one `model.` less
+        tensors = {name.replace(".model.model.", ".model.", 1): tensor for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in tensors if ".lora_" in name}
+    task_type, trained = PEFT_TASKS.get(model.head.kind, ("CAUSAL_LM", None))
+    settings = replace(
+        model.module.peft_config["default"],
+        target_modules=targets,
+        task_type=task_type,
+        modules_to_save=trained,
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
 
 
 def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder."""
-    return {name: value for name, value in state.items() if ".lora_" in name}
+    """The entries of a sharded state dict that are trained with the adapter: the rest is in the model's folder."""
+    return {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}

@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.megatron.head import head_settings, load_model
 from actors.megatron.parallel import ParallelSizes
 from actors.megatron.platform import Platform
+from rlhf.heads import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ class Model:
     config: Any  # mcore_bridge.ModelConfig
     folder: Path  # the Hugging Face folder it came from
     sizes: ParallelSizes
+    head: Head = LANGUAGE_MODEL
     has_adapter: bool = False
 
     @property
@@ -40,7 +43,9 @@ class Model:
         yield from self.config.bridge.export_weights([self.module])
 
 
-def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any]) -> Model:
+def build_model(
+    config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any], head: Head = LANGUAGE_MODEL
+) -> Model:
     """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.
 
     Raises ValueError when the model does not divide into `sizes`.
@@ -53,14 +58,14 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
     dtype = getattr(torch, config.torch_dtype) if config.torch_dtype else _stored_dtype(hugging_face)
     settings = hf_to_mcore_config(hugging_face)
     _check_divides(settings, sizes)
-    settings |= _training_settings(config, sizes, dtype, platform) | platform.model_settings | options
+    settings |= _training_settings(config, sizes, dtype, platform) | head_settings(head) | platform.model_settings | options
     with _rope_functions_restored():
         model_config = ModelConfig(**settings)
         (module,) = get_mcore_model(model_config)
-    _mark_vocabulary_weights(module)
+    _mark_vocabulary_weights(module, head)
     _silence_progress_bars()
-    model_config.bridge.load_weights([module], folder)
-    return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes)
+    load_model(module, head, Path(folder), seed=config.seed, environment=config.environment)
+    return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes, head=head)
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -133,11 +138,12 @@ def _silence_progress_bars() -> None:
     gpt_bridge.tqdm = lambda *arguments, **options: tqdm(*arguments, **(options | {"disable": True}))
 
 
-def _mark_vocabulary_weights(module: torch.nn.Module) -> None:
+def _mark_vocabulary_weights(module: torch.nn.Module, head: Head) -> None:
     """Without the mark a gradient norm under tensor parallelism counts only rank 0's part of these two weights."""
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-    for name in ("embedding.word_embeddings", "output_layer"):
+    whole = head.kind == "seq_cls"  # each tensor rank has all of this output layer
+    for name in ("embedding.word_embeddings",) if whole else ("embedding.word_embeddings", "output_layer"):
         try:
             weight = module.get_submodule(name).weight
         except AttributeError:  # another pipeline stage has it

@@ -15,6 +15,7 @@ import ray
 from actors.device_memory import memory_explained, peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
+from rlhf.heads import LANGUAGE_MODEL, Head
 from rlhf.records import RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from actors.megatron.model import Model
     from rlhf.records import MicroBatch
 
-    # From the logprobs [T] of a micro batch: values of each of its sequences, [B, K].
+    # From the outputs of a micro batch (logprobs [T], or what a head gives, [B, K]): values of each of its sequences, [B, K].
     SequenceValues = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
@@ -90,7 +91,7 @@ class MegatronRank:
         from actors.megatron.parallel import returns_results
 
         def output_values(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-            result = values(self._next_token_logprobs(logits, micro_batch), micro_batch.batch)
+            result = values(self._outputs(logits, micro_batch), micro_batch.batch)
             return result.sum(), result
 
         with self.doing("sequence_values"):
@@ -142,8 +143,17 @@ class MegatronRank:
         """Micro batches have a multiple of this many tokens."""
         return self.model.sizes.token_multiple
 
-    def _start(self, master: str, *, model: str, tensor: int, pipeline: int, options: dict[str, Any]) -> None:
-        """Join the group and build this rank's part of the model in the folder `model`."""
+    def _start(
+        self,
+        master: str,
+        *,
+        model: str,
+        tensor: int,
+        pipeline: int,
+        options: dict[str, Any],
+        head: Head = LANGUAGE_MODEL,
+    ) -> None:
+        """Join the group and build this rank's part of the model in the folder `model`, with this head."""
         os.environ.setdefault("TQDM_DISABLE", "1")
         from actors.megatron.parallel import ParallelSizes, start_process_group
         from actors.megatron.platform import start_platform
@@ -166,7 +176,7 @@ class MegatronRank:
         from actors.megatron.offload import Offload
 
         model_options, self.optimizer_options, self.ddp_options = split_options(options)
-        self.model = build_model(config, model, sizes, self.platform, model_options)
+        self.model = build_model(config, model, sizes, self.platform, model_options, head)
         self.weights = Offload(self.platform)
         self.module = self.model.module
 
@@ -202,6 +212,14 @@ class MegatronRank:
             ref=fetch_by_key(ref),
             batch_values=fetch_by_key(batch_values),
         )
+
+    def _outputs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
+        """What a loss is made of: logprobs of the next tokens, [T]; of a model with a head its values, [B, K]. Both float32."""
+        if self.model.head.is_language_model:
+            return self._next_token_logprobs(logits, micro_batch)
+        from actors.megatron.head import last_token_values
+
+        return last_token_values(logits, micro_batch.batch.cu_seqlens)
 
     def _next_token_logprobs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
         """[1, T, V / tensor ranks] -> [T] float32."""

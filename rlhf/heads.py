@@ -1,0 +1,40 @@
+"""What a task's model ends in: a language model's output layer, a head of scores, or nothing (embeddings)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.config import Config
+
+Kind = Literal["causal_lm", "seq_cls", "embedding", "generative_reranker"]  # mcore-bridge's names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What follows the last layer, at the last token of a sequence unless it is a language model."""
+
+    kind: Kind
+    num_labels: int | None = None  # of seq_cls
+    problem_type: str | None = None  # of seq_cls: what config.json shall say of its labels
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it gives logprobs of every token."""
+        return self.kind == "causal_lm"
+
+
+LANGUAGE_MODEL = Head(kind="causal_lm")
+SCORE = Head(kind="seq_cls", num_labels=1)
+
+
+def head_of(config: Config) -> Head:
+    """That of the policy of a resolved config."""
+    match config.task:
+        case "rm" | "reranker":
+            return SCORE
+        case "seq_cls":
+            return Head(kind="seq_cls", num_labels=config.num_labels, problem_type=config.problem_type)
+        case "embedding" | "generative_reranker":
+            return Head(kind=config.task)
+    return LANGUAGE_MODEL
