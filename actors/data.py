@@ -74,7 +74,7 @@ class DataWorker:
         self.evaluation = None
         if evaluation is not None:
             name = " ".join(config.val_dataset) or f"split_dataset_ratio {config.split_dataset_ratio:g}"
-            self.evaluation = self._encoded(evaluation, encoder, name, shuffled=False)
+            self.evaluation = self._encoded(evaluation, encoder.of_answers(), name, shuffled=False)
         return self._info(encoder)
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
@@ -82,13 +82,18 @@ class DataWorker:
         with self.progress.doing(f"reading {count} prompts from position {start}"):
             return [self._prompt(position) for position in range(start, start + count)]
 
-    @ray.method(num_returns=2)
-    def rows(self, start: int, count: int, evaluation: bool = False) -> tuple[RowTokens, RowSummary]:
-        """The rows of the units at positions start .. start + count - 1, and what planning needs of them."""
+    @ray.method(num_returns=3)
+    def rows(self, start: int, count: int, evaluation: bool = False) -> tuple[RowTokens, list[Prompt], RowSummary]:
+        """The rows of the units at positions start .. start + count - 1, their prompts, and what planning needs of the rows.
+
+        Prompts are of rows to train on that have some; else there are none.
+        """
         with self.progress.doing(f"reading {count} rows from position {start}"):
             dataset = self.evaluation if evaluation else self.train
             mismatched = self.config.task == "kto" and self.config.loss_type == "kto"
-            return dataset.take_mismatched(start, count) if mismatched else dataset.take(start, count)
+            tokens, summary = dataset.take_mismatched(start, count) if mismatched else dataset.take(start, count)
+            positions = range(start, start + count) if dataset.prompted else ()
+            return tokens, [self._prompt(position) for position in positions], summary
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:

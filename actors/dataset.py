@@ -68,6 +68,8 @@ class Dataset:
     def __init__(self, rows: Any, encoder: Encoder, *, num_proc: int, pack_tokens: int | None, shuffle_seed: int | None):
         """`rows`: a Hugging Face dataset; `pack_tokens`: of one pack; `shuffle_seed` None: as they were read."""
         self.rows, self.shuffle_seed, self.limit = rows, shuffle_seed, encoder.limit
+        self.prompted = encoder.reads_prompts  # the last sequence of a row is its prompt
+        self.answered = encoder.reads_answers
         self.encoded = encode_rows(rows, encoder, num_proc=num_proc)
         self.ends = np.cumsum(self.encoded.lengths)
         num_rows = len(self.encoded.sources)
@@ -75,18 +77,23 @@ class Dataset:
         self.epoch, self.order = -1, np.zeros(0, np.int64)  # the order of one epoch: [U]
 
     def row_at(self, position: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Of an unpacked dataset of one-sequence rows: token ids [L] int32, and the row as it was read."""
+        """Of an unpacked dataset with prompts: the prompt's token ids [L] int32, and the row as it was read."""
         (row,) = self.units[self._at(position)]
-        return self._slice(self.encoded.token_ids, row), self.rows[int(self.encoded.sources[row])]
+        prompt = self.encoded.row_starts[row + 1] - 1
+        return self._slice(self.encoded.token_ids, prompt), self.rows[int(self.encoded.sources[row])]
 
     def take(self, start: int, count: int) -> tuple[RowTokens, RowSummary]:
-        """The rows of the units at positions start .. start + count - 1, and what planning needs of them."""
+        """The rows of the units at positions start .. start + count - 1, and what planning needs of them.
+
+        Without the prompt that stands beside an answered one.
+        """
         sequences: list[int] = []
         units: list[list[list[int]]] = []
         for position in range(start, start + count):
             units.append([])
             for row in self.units[self._at(position)]:
                 first, last = self.encoded.row_starts[row : row + 2]
+                last -= self.prompted and self.answered
                 units[-1].append(list(range(len(sequences), len(sequences) + last - first)))
                 sequences += range(first, last)
         tokens = RowTokens(

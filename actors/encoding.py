@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.config import PAIRED
+from rlhf.config import PAIRED, reads_answers, reads_prompts
 
 PASSED_ON = (
     "messages",
@@ -50,18 +51,19 @@ class Row:
 
 
 class Encoder:
-    """Encodes dataset rows for a task: prompts without their answer (grpo), or whole conversations with loss masks."""
+    """Encodes dataset rows for a task: whole conversations with loss masks, prompts without their answer, or both of a row."""
 
     def __init__(self, config: Any):
         from swift.template import get_template
 
         processor = _load_processor(config)
         self.task = config.task
-        self.prompts_only = prompts_only = config.task == "grpo"
+        self.reads_prompts = reads_prompts(config)
+        self.reads_answers = reads_answers(config)
         self.limit = config.max_length or processor.model_info.max_model_len
         if config.packing and config.packing_length:
             self.limit = min(self.limit, config.packing_length)
-        self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
+        self.strategy = config.truncation_strategy or ("delete" if self.reads_answers else "left")
         self.template = get_template(
             processor,
             config.system,
@@ -71,7 +73,6 @@ class Encoder:
             template_backend=config.template_backend,
             use_chat_template=config.task != "pt",
         )
-        self.template.set_mode("vllm" if prompts_only else "train")
         self.tokenizer = self.template.tokenizer
         unknown_model = self.template.template_meta.template_type == "dummy"
         self.jinja = config.task != "pt" and (config.template_backend == "jinja" or unknown_model)
@@ -80,6 +81,12 @@ class Encoder:
                 f"the tokenizer of {config.model} has no chat template: give --template chatml, or another of "
                 "ms-swift's, and --template_backend swift"
             )
+
+    def of_answers(self) -> Encoder:
+        """The same for rows that are evaluated: whole conversations."""
+        encoder = copy(self)
+        encoder.reads_prompts, encoder.reads_answers = False, True
+        return encoder
 
     def end_tokens(self) -> tuple[str, ...]:
         """Special tokens by which the template ends an answer: a base model's own end token is often another one."""
@@ -104,24 +111,32 @@ class Encoder:
         conversations = self._conversations(row)
         if isinstance(conversations, str):
             return conversations
+        passed_on = {key: row[key] for key in PASSED_ON if row.get(key)}
         sequences, truncated = [], False
         for messages, targets in conversations:
-            ids, mask = self._tokens({key: row[key] for key in PASSED_ON if row.get(key)} | {"messages": messages})
+            ids, mask = self._tokens(passed_on | {"messages": messages})
             truncated |= len(ids) > self.limit
             fitting = self._fit(ids, mask)
             if fitting is None:
                 return TOO_LONG
             ids, mask = fitting
-            if not self.prompts_only and not mask.any():
+            if not mask.any():
                 return UNTRAINED
             sequences.append(Sequence(token_ids=ids, loss_mask=mask, targets=targets))
+        if self.reads_prompts:
+            ids = self._prompt_tokens(passed_on | {"messages": without_answer(row["messages"])})
+            truncated |= len(ids) > self.limit
+            fitting = self._fit(ids, np.zeros(len(ids), np.float32))
+            if fitting is None:
+                return TOO_LONG
+            sequences.append(Sequence(token_ids=fitting[0], loss_mask=fitting[1]))
         return Row(sequences=tuple(sequences), truncated=truncated)
 
     def _conversations(self, row: dict[str, Any]) -> list[tuple[list[dict[str, Any]], tuple[float, ...]]] | str:
-        """The conversations that make a row's sequences, each with its targets; or why the row is left out."""
+        """The conversations that make a row's answered sequences, each with its targets; or why the row is left out."""
         messages = row["messages"]
-        if self.prompts_only:
-            return [(without_answer(messages), ())]
+        if not self.reads_answers:
+            return []
         if _is_empty(messages):
             return EMPTY
         if self.task == "kto":
@@ -137,22 +152,24 @@ class Encoder:
         return [(messages, margin), (rejected, margin)]
 
     def _tokens(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt)."""
-        if self.prompts_only:
-            ids = np.array(self.template.encode(conversation)["input_ids"], np.int32)
-            return ids, np.zeros(len(ids), np.float32)
+        """Token ids [L] int32 and loss mask [L] float32."""
         if self.jinja:
             return self._encode_with_chat_template(conversation)
         return self._encode_with_template(conversation)
 
+    def _prompt_tokens(self, conversation: dict[str, Any]) -> np.ndarray:
+        """Token ids [L] int32 of a conversation that waits for its answer."""
+        self.template.set_mode("vllm")
+        return np.array(self.template.encode(conversation)["input_ids"], np.int32)
+
     def warnings(self, row: dict[str, Any]) -> Iterator[str]:
         """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
-        if self.jinja or not self.prompts_only or not self.tokenizer.chat_template:
+        if self.jinja or not self.reads_prompts or not self.tokenizer.chat_template:
             return
         encoded = self.encode(row)
         if isinstance(encoded, str) or encoded.truncated:
             return
-        ids = encoded.sequences[0].token_ids.tolist()
+        ids = encoded.sequences[-1].token_ids.tolist()
         text = self._render(self._with_system(without_answer(row["messages"])), row, add_generation_prompt=True)
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids != own:
@@ -180,6 +197,7 @@ class Encoder:
         return ids, mask
 
     def _encode_with_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        self.template.set_mode("train")
         encoded = self.template.encode(conversation)
         labels = np.array(encoded["labels"])
         mask = (labels != -100).astype(np.float32)

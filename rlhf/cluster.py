@@ -1,7 +1,7 @@
 """Starts Ray, reserves its resources, and builds the actor groups: the one file of the controller that knows the actors.
 
-A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; the frozen reference shares the policy's
-bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
+A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; the frozen reference or teacher shares
+the policy's bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from actors.policy import Policy
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
 from rlhf.config import Config
-from rlhf.counts import needs_reference, samples
+from rlhf.counts import frozen_group, samples
 from rlhf.data import DataFailure, PromptStream, RowStream
 from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
@@ -53,12 +53,13 @@ class Roles:
     policy: RankGroup
     data: PromptStream | RowStream
     reference: RankGroup | None = None
+    teacher: RankGroup | None = None
     rollout: RolloutEngines | None = None
     scorer: Scorer | None = None
 
     def timers(self) -> list[Any]:
         """The roles that measure how long they are waited for."""
-        return [role for role in (self.policy, self.reference, self.rollout, self.scorer) if role is not None]
+        return [role for role in (self.policy, self.reference, self.teacher, self.rollout, self.scorer) if role is not None]
 
 
 class Cluster:
@@ -95,24 +96,22 @@ class Cluster:
         data_worker = self._data_worker()
         dataset = data_worker.setup.remote()
         policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
-        reference = rollout = scorer = None
-        if needs_reference(config):
-            ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
-            reference = RankGroup("reference", ranks, timeout=config.call_timeout)
-        if samples(config):
+        frozen = self._frozen_ranks()
+        rollout = scorer = None
+        if config.task == "grpo":
             scorer = self.scorer = Scorer(self._reward_worker, config)
-            rollout = self._rollout([ranks for ranks in (policy, reference) if ranks is not None])
-        policy.setup()
-        if reference is not None:
-            reference.setup()
+        if samples(config):
+            rollout = self._rollout([policy, *frozen.values()])
+        for ranks in (policy, *frozen.values()):
+            ranks.setup()
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
-        if scorer is not None:
+        if rollout is not None:
             rollout.setup()
+            rollout.stop_words += info.end_tokens
+        if scorer is not None:
             scorer.wait_until_ready()
         stream = PromptStream if config.task == "grpo" else RowStream
-        if rollout is not None:
-            rollout.stop_words += info.end_tokens
         ahead = config.dataloader_num_workers > 0
         data = stream(
             data_worker,
@@ -121,7 +120,15 @@ class Cluster:
             ahead=ahead,
             evaluation_rows=info.evaluation_rows,
         )
-        return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
+        return Roles(policy=policy, data=data, rollout=rollout, scorer=scorer, **frozen)
+
+    def _frozen_ranks(self) -> dict[str, RankGroup]:
+        """The group of the reference or teacher that the task has beside the policy, by its role."""
+        name = frozen_group(self.config)
+        if name is None:
+            return {}
+        ranks = self._ranks(Frozen, getattr(self.config, name).nproc or self.policy_ranks, role=name)
+        return {name: RankGroup(name, ranks, timeout=self.config.call_timeout)}
 
     def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
         try:
@@ -207,13 +214,14 @@ class Cluster:
     def _server_mode(self) -> bool:
         return samples(self.config) and self.config.vllm_mode == "server"
 
-    def _ranks(self, kind: type, count: int) -> list[Any]:
+    def _ranks(self, kind: type, count: int, **arguments: Any) -> list[Any]:
         return [
             self._create(
                 ray.remote(concurrency_groups={"report": 1})(kind),
                 self._on_bundle(rank % self.policy_ranks),
                 rank=rank,
                 world_size=count,
+                **arguments,
             )
             for rank in range(count)
         ]

@@ -21,6 +21,8 @@ class RowBatch:
 
     tokens: ray.ObjectRef  # of RowTokens
     summary: RowSummary
+    position: int  # of the first, in the order of the run
+    prompts: ray.ObjectRef | None = None  # of list[Prompt], one a row, where the task may answer them anew
 
     @property
     def num_rows(self) -> int:
@@ -134,7 +136,7 @@ class PromptStream(_Stream):
 class RowStream(_Stream):
     """Encoded rows, or packs of rows, in the seeded order of the run."""
 
-    method, num_returns = "rows", 2
+    method, num_returns = "rows", 3
 
     def next_batch(self, count: int) -> RowBatch:
         """The next `count` units: rows, or packs of rows.
@@ -142,11 +144,12 @@ class RowStream(_Stream):
         Raises:
             DataFailure: no answer before the deadline, or the worker died.
         """
-        tokens, summary = self._next(count)
-        return RowBatch(tokens=tokens, summary=ray.get(summary))
+        position = self.position
+        tokens, prompts, summary = self._next(count)
+        return RowBatch(tokens=tokens, summary=ray.get(summary), position=position, prompts=prompts)
 
     def evaluation_batch(self, count: int) -> RowBatch:
         """The first `count` units of the rows to evaluate on."""
         refs = list(self.worker.rows.remote(0, count, True))
         self._wait(refs)
-        return RowBatch(tokens=refs[0], summary=ray.get(refs[1]))
+        return RowBatch(tokens=refs[0], summary=ray.get(refs[-1]), position=0)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from rlhf.config import reads_answers, reads_prompts
+
 LOOKED_AT = 10_000  # rows of each file
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 CONVERSATIONS = ("messages", "conversation", "conversations")
@@ -73,15 +75,16 @@ def local_file(name: str) -> tuple[str | None, int | None]:
 
 
 def _check_file(path: str, config: Any, limit: int) -> None:
-    prompts = config.task == "grpo"
-    built_in = prompts and not config.external_plugins  # a plug-in may take a built-in's name
+    prompts = reads_prompts(config)
+    example = EXAMPLE if reads_answers(config) else EXAMPLE_PROMPT
+    built_in = config.task == "grpo" and not config.external_plugins  # a plug-in may take a built-in's name
     functions = [name for name in config.reward_funcs if name in NEEDS_SOLUTION] if built_in else []
     empty = True
     for place, row in islice(_rows(path), limit):
         empty = False
         problem = _problem(row, prompts=prompts)
         if problem:
-            raise ValueError(f"{path}, {place}: {problem}; a right row: {EXAMPLE_PROMPT if prompts else EXAMPLE}")
+            raise ValueError(f"{path}, {place}: {problem}; a right row: {example}")
         if functions and "solution" not in row:
             raise ValueError(
                 f"{path}, {place}: reward function {functions[0]} needs the column `solution`, this row has "

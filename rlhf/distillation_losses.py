@@ -4,8 +4,8 @@ Letters: T tokens, V vocabulary (this tensor rank's columns, where it is split),
 
 Where tensor ranks split the vocabulary, each calls with its own columns, the id of the first of them and a `reduce`
 over the ranks. Every rank gets the same loss and, if all go on from it in the same way, the gradient of its own columns.
-That gradient is a closed form, so ranks talk in the forward pass only (five times, whatever T is) and outside autograd. The teacher gets no gradient. Torch is imported inside the functions,
-so that the controller can import this module.
+That gradient is a closed form, so ranks talk in the forward pass only (five times, whatever T is) and outside autograd.
+The teacher gets no gradient. Torch is imported inside the functions, so that the controller can import this module.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def generalized_jsd(
 
     student_logits, teacher_logits [T, V]: their widths may differ by padding; columns of ids from vocab_size on are
     ignored. A column holds the id first_column + its index, the same one on both sides. Computed in float32 (float64 if
-    given), `chunk` tokens at a time: beyond the inputs, which are kept for the backward pass, memory is some five
+    given), `chunk` tokens at a time: beyond the inputs, which are kept for the backward pass, memory is some six
     float32 [chunk, V], and the gradient. Raises ValueError where the widths differ below vocab_size.
     """
     columns = max(vocab_size - first_column, 0)

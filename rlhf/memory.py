@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rlhf.config import PAIRED, Config
-from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines, samples
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, rollout_engines, samples
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
@@ -60,9 +60,9 @@ def policy_memory(config: Config, shape: ModelShape) -> Memory:
     )
 
 
-def reference_memory(config: Config, shape: ModelShape) -> Memory:
-    """A rank of the frozen reference; `shape`: of its own model."""
-    role = config.reference
+def frozen_memory(config: Config, shape: ModelShape) -> Memory:
+    """A rank of the frozen reference or teacher; `shape`: of its own model."""
+    role = getattr(config, frozen_group(config))
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     tokens, size = micro_batch_tokens(config), BYTES[config.torch_dtype]
@@ -90,7 +90,7 @@ def sequence_cache(config: Config, shape: ModelShape) -> int:
 
 def responses_at_a_time(config: Config) -> int:
     """Responses that one engine decodes together, when the prompts are spread evenly."""
-    share = -(-config.generation_batch_size // rollout_engines(config))
+    share = -(-(config.generation_batch_size or config.global_batch_size) // rollout_engines(config))
     return min(share, config.vllm_max_num_seqs or share)
 
 
@@ -154,9 +154,21 @@ def _loss_bytes(config: Config) -> int:
     """Bytes that torch reserves for each logit at the loss, measured on an H200 in bfloat16.
 
     The logits in bfloat16, then in float32, which become the softmax and its gradient, and the blocks that are free by then; the
-    fused loss is compiled and does not write in place.
+    fused loss is compiled and does not write in place. gkd, not measured: the logits and those of trained tokens, the gradient
+    of both, the teacher's (but for its top k); and another copy for the cross entropy of sampled tokens, or with `sft_alpha`.
     """
-    return 14 if config.cross_entropy_loss_fusion else 11
+    cross_entropy = 14 if config.cross_entropy_loss_fusion else 11
+    if config.task != "gkd":
+        return cross_entropy
+    copies = BYTES[config.torch_dtype] * (4 if config.gkd_logits_topk else 5)
+    return copies + (cross_entropy if samples(config) or config.sft_alpha else 0)
+
+
+def stored_logits(config: Config, shape: ModelShape) -> int:
+    """Bytes that the teacher's logits for a trained token take in Ray's object store, until the step is done."""
+    if config.gkd_logits_topk:
+        return 8 * config.gkd_logits_topk  # ids int32, logits float32
+    return shape.vocab_size * BYTES[config.torch_dtype]
 
 
 def _columns(shape: ModelShape, tensor_size: int) -> int:
@@ -170,36 +182,39 @@ def shares_gpus(config: Config) -> bool:
 
 
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
-    """The policy's, and the frozen reference's (None without one), of a config whose models are local folders."""
-    shape = read_shape(Path(config.model))
-    if not needs_reference(config):
+    """The policy's, and the frozen reference's or teacher's (None without one), of a config whose models are local folders."""
+    shape, name = read_shape(Path(config.model)), frozen_group(config)
+    if name is None:
         return shape, None
-    return shape, read_shape(Path(config.reference.model)) if config.reference.model else shape
+    folder = getattr(config, name).model
+    return shape, read_shape(Path(folder)) if folder else shape
 
 
-def phases(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
+def phases(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
     """Predicted peak of each phase on the fullest GPU, in bytes: of a config that `rlhf.fit` has completed."""
-    return {phase: sum(held.values()) for phase, held in holdings(config, shape, reference_shape, gpu_memory).items()}
+    return {phase: sum(held.values()) for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items()}
 
 
 def holdings(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
 ) -> dict[str, dict[str, int]]:
-    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a reference rank and an engine, where they share one.
+    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
 
-    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. sft has "train" alone.
+    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
+    there is "train" alone.
     """
     policy = policy_memory(config, shape)
-    reference = reference_memory(config, reference_shape) if reference_shape else None
+    frozen = frozen_memory(config, frozen_shape) if frozen_shape else None
+    frozen_weights = f"{frozen_group(config)} weights"
     ranks = {
-        "contexts": RANK_CONTEXT * (2 if reference else 1),
+        "contexts": RANK_CONTEXT * (2 if frozen else 1),
         "policy weights": policy.weights,
         "optimizer state": policy.optimizer,
     }
-    if reference:
-        ranks["reference weights"] = reference.weights
+    if frozen:
+        ranks[frozen_weights] = frozen.weights
     gradients = {"gradients": policy.gradients}
-    work = max(policy.activations, reference.activations if reference else 0)
+    work = max(policy.activations, frozen.activations if frozen else 0)
     activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
     train = ranks | gradients | activations
     if not samples(config):
@@ -211,22 +226,22 @@ def holdings(
         return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
     asleep = {"sleeping engine": ENGINE_RESIDUE}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
-    reference_weights = {"reference weights"} if config.offload_model else set()
-    policy_weights = {"policy weights"} if config.offload_model else set()
+    frozen_away = {frozen_weights} if config.offload_model else set()
+    policy_away = {"policy weights"} if config.offload_model else set()
     loaded = {"engine weights": engine_memory(config, shape).weights}
     return {
         "train": train | asleep,
-        "push": _without(ranks, optimizer | reference_weights) | asleep | loaded | buffers,
-        "generate": _without(ranks, optimizer | reference_weights | policy_weights) | engine,
+        "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
+        "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,
     }
 
 
-def offloaded(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> int:
+def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> int:
     """Bytes of one node's host memory that what is offloaded takes, of a completed config."""
     policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
     size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
-    if reference_shape and config.offload_model:
-        size += reference_memory(config, reference_shape).weights
+    if frozen_shape and config.offload_model:
+        size += frozen_memory(config, frozen_shape).weights
     return ranks * size
 
 

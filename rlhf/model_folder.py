@@ -90,24 +90,25 @@ class ModelShape:
         return self.num_layers // pipeline_size * sum(rank * (width + height) for width, height in chosen.values())
 
 
-def local_model(name: str, *, use_hf: bool, weights: bool = True) -> Path:
+def local_model(name: str, *, use_hf: bool, weights: bool = True, option: str = "model") -> Path:
     """The folder of a model: `name` itself, or the local copy of the hub id that it is.
 
-    A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError.
+    A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError,
+    which calls it by the name of its `option`.
     """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"--model {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
+        raise ValueError(f"--{option} {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise ValueError(f"--model {name} is a file: give the folder that holds config.json")
+        raise ValueError(f"--{option} {name} is a file: give the folder that holds config.json")
     if HUB_ID.fullmatch(name):
-        return _download(name, use_hf=use_hf, weights=weights)
-    raise ValueError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
+        return _download(name, use_hf=use_hf, weights=weights, option=option)
+    raise ValueError(f"--{option} {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)")
 
 
-def _download(name: str, *, use_hf: bool, weights: bool) -> Path:
+def _download(name: str, *, use_hf: bool, weights: bool, option: str) -> Path:
     hub = "Hugging Face" if use_hf else "ModelScope"
     try:
         if use_hf:
@@ -119,7 +120,7 @@ def _download(name: str, *, use_hf: bool, weights: bool) -> Path:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         other = "" if use_hf else " (--use_hf takes it from Hugging Face)"
         raise ValueError(
-            f"--model {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
+            f"--{option} {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
         ) from None
 
 

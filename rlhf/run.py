@@ -69,12 +69,15 @@ def refuse_what_cannot_fit(config: Config) -> None:
 def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
     """Build the actors, restore what is resumed, run the task's loop."""
     from rlhf.dpo import train_dpo
+    from rlhf.gkd import train_gkd
     from rlhf.grpo import train_grpo
     from rlhf.kto import train_kto
     from rlhf.metrics import RunLog
     from rlhf.sft import train_sft
 
-    loops = {"pt": train_sft, "sft": train_sft, "dpo": train_dpo, "kto": train_kto, "grpo": train_grpo}
+    loops = {
+        "pt": train_sft, "sft": train_sft, "dpo": train_dpo, "kto": train_kto, "gkd": train_gkd, "grpo": train_grpo,
+    }  # fmt: skip
     config, roles = cluster.config, cluster.build()
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
@@ -93,7 +96,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         roles.data.position = resumed.state["position"]
         roles.policy.on_all("load", str(resumed.folder))
         if roles.rollout is not None:
-            roles.rollout.version = resumed.state["weight_version"]
+            roles.rollout.version = resumed.state.get("weight_version", 0)  # none when it was saved without engines
     record = RunLog(
         folder, config, total_steps=total, timers=roles.timers(), constants=cluster.predicted, resume=resumed
     )

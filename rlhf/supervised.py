@@ -26,11 +26,12 @@ class Update:
     loss: Callable[..., Any]
     ref: list[ray.ObjectRef] | None = None  # the reference's logprobs
     batch_values: list[ray.ObjectRef] | None = None  # of every sequence of the global batch
-    metrics: dict[str, float] = field(default_factory=dict)  # what is known beside those of the loss
+    teacher: list[ray.ObjectRef] | None = None  # the teacher's logits
+    metrics: dict[str, float] = field(default_factory=dict)  # what is known beside those of the loss, and wins
 
     def run(self, method: str, roles: Roles) -> dict[str, float]:
         """The metrics of `train_step` or `evaluate`."""
-        arguments = self.shards, self.loss, None, self.ref, self.batch_values
+        arguments = self.shards, self.loss, None, self.ref, self.batch_values, self.teacher
         return roles.policy.on_shards(method, *arguments)[0] | self.metrics
 
 
@@ -57,7 +58,7 @@ def train_on_rows(
     for step in range(start + 1, total + 1):
         batch = roles.data.next_batch(config.global_batch_size)
         metrics = prepare(batch, True).run("train_step", roles)
-        log.step(step, metrics | {"tokens": batch.num_tokens, "epoch": roles.data.epoch})
+        log.step(step, {"tokens": batch.num_tokens} | metrics | {"epoch": roles.data.epoch})
         if step % config.eval_steps == 0 or step == total:
             evaluate(config, roles, prepare, log, step=step)
         checkpoints.save_if_due(step, roles.policy, roles.data.state() | state())

@@ -9,10 +9,20 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
-from rlhf.counts import compares, data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines, samples
+from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config, reads_prompts
+from rlhf.counts import (
+    compares,
+    data_ranks,
+    model_ranks,
+    needs_reference,
+    needs_teacher,
+    policy_ranks,
+    rollout_engines,
+    samples,
+)
 from rlhf.engine_options import check_engine_options
 from rlhf.model_folder import ModelShape, check_files, read_shape
+from rlhf.tokens import check_same_tokens
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
@@ -20,10 +30,12 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.task in ("rm", "gkd"):
-        raise ValueError(f"rlhf_type {config.task} is not supported yet; there are dpo, kto and grpo")
+    if config.task == "rm":
+        raise ValueError("rlhf_type rm is not supported yet; there are dpo, kto, gkd and grpo")
     if config.model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
+    if config.task == "gkd" and config.teacher.model is None:
+        raise ValueError("--teacher_model is missing: the folder or hub id of the model to learn from")
     if not config.dataset:
         raise ValueError("--dataset is missing: files (.jsonl) or hub ids")
     if config.train_iters is None and config.num_train_epochs is None:
@@ -56,10 +68,13 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     _check_lora(config)
     if config.task == "grpo":
         _check_grpo(config)
+    if config.task == "gkd":
+        _check_gkd(config, shape)
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
-    _check_reference(config)
+    for name in ("reference", "teacher"):
+        _check_frozen(config, name)
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -175,8 +190,6 @@ def _check_grpo(config: Config) -> None:
         raise ValueError(f"{len(config.reward_weights)} reward_weights for {len(config.reward_funcs)} reward_funcs")
     if config.num_generations < 2:
         raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
-    if config.truncation_strategy == "right":
-        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if "soft_overlong" in config.reward_funcs:
         if config.soft_cache_length is None:
             raise ValueError("reward soft_overlong needs --soft_cache_length")
@@ -193,7 +206,24 @@ def _check_grpo(config: Config) -> None:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
 
 
+def _check_gkd(config: Config, shape: ModelShape) -> None:
+    if config.beta > 1:
+        raise ValueError(f"beta {config.beta:g} of gkd must be at most 1: 0 is KL(teacher || student), 1 KL(student || teacher)")
+    if config.lmbda == 1:
+        for name in ("seq_kd", "sft_alpha"):
+            if getattr(config, name):
+                raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
+    if config.packing and reads_prompts(config):
+        raise ValueError("packing is for steps that all train on the rows as they are: give --micro_batch_tokens, or --lmbda 0")
+    teacher = read_shape(Path(config.teacher.model))
+    if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:
+        raise ValueError(f"gkd_logits_topk {config.gkd_logits_topk} is more than the teacher's {teacher.vocab_size} tokens")
+    check_same_tokens(Path(config.model), Path(config.teacher.model), smaller=min(shape.vocab_size, teacher.vocab_size))
+
+
 def _check_rollout(config: Config, shape: ModelShape) -> None:
+    if config.truncation_strategy == "right":
+        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if config.vllm_tensor_parallel_size > 1:
         raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
     if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
@@ -230,25 +260,27 @@ def _check_loss(config: Config) -> None:
         raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
 
 
-def _check_reference(config: Config) -> None:
-    role = config.reference
-    given = [name for name, value in vars(role).items() if value is not None]
-    if given and not needs_reference(config):
-        lora = "with LoRA the policy itself is the reference, its adapter disabled"
-        why = lora if compares(config) else "the loss compares with no reference"
-        raise ValueError(f"--reference.{given[0]} has nothing to act on: {why}")
+def _check_frozen(config: Config, name: str) -> None:
+    """`name`: reference or teacher."""
+    role = getattr(config, name)
+    given = [option for option, value in vars(role).items() if value is not None]
+    own_teacher = name == "teacher" and not needs_teacher(config)
+    if own_teacher and given[1:] or given and name == "reference" and not needs_reference(config):
+        lora = f"with LoRA the policy itself is the {name}, its adapter disabled"
+        why = lora if own_teacher or compares(config) else "the loss compares with no reference"
+        raise ValueError(f"--{name}.{given[-1]} has nothing to act on: {why}")
     if not given:
         return
     folder = Path(role.model).expanduser() if role.model else Path(config.model)
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
-    check_layout(read_shape(folder), tensor, pipeline, "reference.")
+    check_layout(read_shape(folder), tensor, pipeline, f"{name}.")
     ranks = role.nproc or policy_ranks(config)
     if ranks > policy_ranks(config):
-        raise ValueError(f"reference.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
+        raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
     if ranks % (tensor * pipeline):
         raise ValueError(
-            f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
+            f"{name}: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
         )
 
 

@@ -1,0 +1,67 @@
+"""Generalized knowledge distillation: next rows, or the policy's own responses to their prompts; teacher's logits, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlhf.batching import response_shards, row_shards
+from rlhf.cluster import Roles
+from rlhf.config import Config
+from rlhf.data import RowBatch
+from rlhf.losses import gkd_loss
+from rlhf.records import Group, Shard
+from rlhf.supervised import Update, train_on_rows
+
+SplitOver = Callable[..., list[Shard]]  # of a batch, over `data_size` ranks
+
+
+def train_gkd(config: Config, roles: Roles, **run: Any) -> None:
+    """The loss is the mean over the trained tokens of a global batch; `run` as in `train_on_rows`."""
+
+    def prepare(batch: RowBatch, training: bool) -> Update:
+        if training and is_on_policy(config, batch.position):
+            groups = sample(roles, batch)
+            return distil(config, roles, partial(response_shards, groups, config), gkd_loss, on_policy_metrics(groups))
+        rows = partial(row_shards, batch, config, weigh="tokens")
+        return distil(config, roles, rows, partial(gkd_loss, sft_alpha=config.sft_alpha), {"on_policy": 0} if training else {})
+
+    version = (lambda: {"weight_version": roles.rollout.version}) if roles.rollout else dict
+    train_on_rows(config, roles, prepare, state=version, **run)
+
+
+def is_on_policy(config: Config, position: int) -> bool:
+    """One draw a step, by the seed and the position of the step's rows."""
+    return np.random.default_rng([config.seed, position]).random() < config.lmbda
+
+
+def sample(roles: Roles, batch: RowBatch) -> list[Group]:
+    """The policy's response to the prompt of every row, in the order of the rows."""
+    roles.rollout.push(roles.policy)
+    groups = roles.rollout.generate(ray.get(batch.prompts), n=1)
+    return sorted(groups, key=lambda group: group.prompt.index)
+
+
+def distil(config: Config, roles: Roles, split_over: SplitOver, loss: Callable[..., Any], metrics: dict[str, Any]) -> Update:
+    """The update towards the teacher's logits: of its own group, or of the policy with its adapter disabled."""
+    ranks = roles.teacher or roles.policy
+    shards = split_over(data_size=ranks.data_size)
+    teacher = ranks.every_rank_refs("token_logits", shards, config.gkd_logits_topk, roles.teacher is None)
+    return Update(shards=split_over(data_size=roles.policy.data_size), loss=loss, teacher=teacher, metrics=metrics)
+
+
+def on_policy_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Of one response a prompt; `tokens` counts prompts too."""
+    lengths = [group.response_lengths[0] for group in groups]
+    return {
+        "on_policy": 1,
+        "response_length": fmean(lengths),
+        "response_tokens": sum(lengths),
+        "cut_off": fmean(group.finish_reasons[0] == "length" for group in groups),
+        "tokens": sum(lengths) + sum(len(group.prompt.token_ids) for group in groups),
+    }
