@@ -16,6 +16,8 @@ from actors.progress import Progress
 from rlhf.records import Prompt, RowSummary, RowTokens
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from actors.dataset import Dataset
     from actors.encoding import Encoder
 
@@ -44,7 +46,7 @@ class DatasetInfo:
 
 
 class DataWorker:
-    """Loads, encodes, and serves by position. One of `prompts` (grpo) and `rows` (the other tasks) has a use in a run."""
+    """Loads, encodes, and serves by position. A run uses `prompts` (grpo), `rows`, or both in one (gkd)."""
 
     train: Dataset
     evaluation: Dataset | None
@@ -82,18 +84,23 @@ class DataWorker:
         with self.progress.doing(f"reading {count} prompts from position {start}"):
             return [self._prompt(position) for position in range(start, start + count)]
 
-    @ray.method(num_returns=3)
-    def rows(self, start: int, count: int, evaluation: bool = False) -> tuple[RowTokens, list[Prompt], RowSummary]:
-        """The rows of the units at positions start .. start + count - 1, their prompts, and what planning needs of the rows.
+    def adopt(self, responses: dict[int, np.ndarray]) -> None:
+        """Train on these answers: token ids [R] int32 by the prompt's position in the first epoch."""
+        self.train.adopt(responses)
 
-        Prompts are of rows to train on that have some; else there are none.
-        """
+    @ray.method(num_returns=2)
+    def rows(self, start: int, count: int, evaluation: bool = False) -> tuple[RowTokens, RowSummary]:
+        """The rows of the units at positions start .. start + count - 1, and what planning needs of them."""
         with self.progress.doing(f"reading {count} rows from position {start}"):
             dataset = self.evaluation if evaluation else self.train
             mismatched = self.config.task == "kto" and self.config.loss_type == "kto"
-            tokens, summary = dataset.take_mismatched(start, count) if mismatched else dataset.take(start, count)
-            positions = range(start, start + count) if dataset.prompted else ()
-            return tokens, [self._prompt(position) for position in positions], summary
+            return dataset.take_mismatched(start, count) if mismatched else dataset.take(start, count)
+
+    @ray.method(num_returns=3)
+    def prompted_rows(self, start: int, count: int) -> tuple[RowTokens, list[Prompt], RowSummary]:
+        """The rows of these positions with the prompt of each; not packed."""
+        tokens, summary = self.rows(start, count)
+        return tokens, self.prompts(start, count), summary
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:

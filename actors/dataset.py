@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from actors.encoding import Encoder
 
 SPAN = 500  # rows encoded at a time by one process
+NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class Dataset:
         self.rows, self.shuffle_seed, self.limit = rows, shuffle_seed, encoder.limit
         self.prompted = encoder.reads_prompts  # the last sequence of a row is its prompt
         self.answered = encoder.reads_answers
+        self.responses: dict[int, np.ndarray] = {}  # [R] int32 by row: answers that were sampled
         self.encoded = encode_rows(rows, encoder, num_proc=num_proc)
         self.ends = np.cumsum(self.encoded.lengths)
         num_rows = len(self.encoded.sources)
@@ -82,12 +84,17 @@ class Dataset:
         prompt = self.encoded.row_starts[row + 1] - 1
         return self._slice(self.encoded.token_ids, prompt), self.rows[int(self.encoded.sources[row])]
 
+    def adopt(self, responses: dict[int, np.ndarray]) -> None:
+        """Answer prompts: token ids [R] int32 by a position of the first epoch, for `take` in every epoch."""
+        self.responses = {self.units[self._at(position)][0]: ids for position, ids in responses.items()}
+
     def take(self, start: int, count: int) -> tuple[RowTokens, RowSummary]:
         """The rows of the units at positions start .. start + count - 1, and what planning needs of them.
 
-        Without the prompt that stands beside an answered one.
+        Without the prompt that stands beside an answered one, and with the response that was adopted for a prompt.
         """
         sequences: list[int] = []
+        responses: list[np.ndarray] = []
         units: list[list[list[int]]] = []
         for position in range(start, start + count):
             units.append([])
@@ -96,9 +103,16 @@ class Dataset:
                 last -= self.prompted and self.answered
                 units[-1].append(list(range(len(sequences), len(sequences) + last - first)))
                 sequences += range(first, last)
+                responses += [self.responses.get(row, NO_TOKENS)] * int(last - first)
         tokens = RowTokens(
-            token_ids=tuple(self._slice(self.encoded.token_ids, sequence) for sequence in sequences),
-            loss_masks=tuple(self._slice(self.encoded.loss_masks, sequence) for sequence in sequences),
+            token_ids=tuple(
+                np.concatenate([self._slice(self.encoded.token_ids, sequence), response])
+                for sequence, response in zip(sequences, responses)
+            ),
+            loss_masks=tuple(
+                np.concatenate([self._slice(self.encoded.loss_masks, sequence), np.ones(len(response), np.float32)])
+                for sequence, response in zip(sequences, responses)
+            ),
         )
         return tokens, self._summary(tokens, [self.encoded.targets[sequence] for sequence in sequences], units)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rlhf.config import PAIRED, Config
+from rlhf.config import PAIRED, Config, reads_prompts
 from rlhf.counts import data_ranks, frozen_group, policy_ranks, rollout_engines, samples
 from rlhf.model_folder import ModelShape, read_shape
 
@@ -96,7 +96,7 @@ def responses_at_a_time(config: Config) -> int:
 
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest row, or prompt with response."""
-    if not samples(config):
+    if not reads_prompts(config):
         return config.max_length or 0
     return config.vllm_max_model_len or (config.max_length or 0) + config.max_completion_length
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config, reads_answers
+from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config, reads_answers, reads_prompts
 from rlhf.counts import samples
 from rlhf.model_folder import ModelShape
 
@@ -43,7 +43,7 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
 
 
 def _resolve_rows(config: Config, limit: int | None) -> Config:
-    if samples(config):
+    if reads_prompts(config):
         config = _resolve_lengths(config, limit)
     max_length = config.max_length or limit
     losses = {"dpo": DPO_LOSSES, "kto": KTO_LOSSES}.get(config.task, (None,))

@@ -78,7 +78,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
     loops = {
         "pt": train_sft, "sft": train_sft, "dpo": train_dpo, "kto": train_kto, "gkd": train_gkd, "grpo": train_grpo,
     }  # fmt: skip
-    config, roles = cluster.config, cluster.build()
+    config, roles = cluster.config, cluster.build(folder)
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
     if roles.scorer is not None:

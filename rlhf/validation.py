@@ -9,20 +9,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config, reads_prompts
-from rlhf.counts import (
-    compares,
-    data_ranks,
-    model_ranks,
-    needs_reference,
-    needs_teacher,
-    policy_ranks,
-    rollout_engines,
-    samples,
-)
+from rlhf.config import DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, Config
+from rlhf.counts import compares, data_ranks, frozen_group, model_ranks, policy_ranks, rollout_engines, samples
+from rlhf.distillation_check import check_distillation
 from rlhf.engine_options import check_engine_options
 from rlhf.model_folder import ModelShape, check_files, read_shape
-from rlhf.tokens import check_same_tokens
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
@@ -69,7 +60,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     if config.task == "grpo":
         _check_grpo(config)
     if config.task == "gkd":
-        _check_gkd(config, shape)
+        check_distillation(config, shape)
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
@@ -206,21 +197,6 @@ def _check_grpo(config: Config) -> None:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
 
 
-def _check_gkd(config: Config, shape: ModelShape) -> None:
-    if config.beta > 1:
-        raise ValueError(f"beta {config.beta:g} of gkd must be at most 1: 0 is KL(teacher || student), 1 KL(student || teacher)")
-    if config.lmbda == 1:
-        for name in ("seq_kd", "sft_alpha"):
-            if getattr(config, name):
-                raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
-    if config.packing and reads_prompts(config):
-        raise ValueError("packing is for steps that all train on the rows as they are: give --micro_batch_tokens, or --lmbda 0")
-    teacher = read_shape(Path(config.teacher.model))
-    if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:
-        raise ValueError(f"gkd_logits_topk {config.gkd_logits_topk} is more than the teacher's {teacher.vocab_size} tokens")
-    check_same_tokens(Path(config.model), Path(config.teacher.model), smaller=min(shape.vocab_size, teacher.vocab_size))
-
-
 def _check_rollout(config: Config, shape: ModelShape) -> None:
     if config.truncation_strategy == "right":
         raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
@@ -264,11 +240,13 @@ def _check_frozen(config: Config, name: str) -> None:
     """`name`: reference or teacher."""
     role = getattr(config, name)
     given = [option for option, value in vars(role).items() if value is not None]
-    own_teacher = name == "teacher" and not needs_teacher(config)
-    if own_teacher and given[1:] or given and name == "reference" and not needs_reference(config):
-        lora = f"with LoRA the policy itself is the {name}, its adapter disabled"
-        why = lora if own_teacher or compares(config) else "the loss compares with no reference"
-        raise ValueError(f"--{name}.{given[-1]} has nothing to act on: {why}")
+    if frozen_group(config) != name:
+        idle = given if name == "reference" else given[1:]  # that the teacher is the policy itself, its model says
+        if idle:
+            lora = f"with LoRA the policy itself is the {name}, its adapter disabled"
+            why = lora if config.task == "gkd" or compares(config) else "the loss compares with no reference"
+            raise ValueError(f"--{name}.{idle[0]} has nothing to act on: {why}")
+        return
     if not given:
         return
     folder = Path(role.model).expanduser() if role.model else Path(config.model)

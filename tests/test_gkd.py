@@ -6,6 +6,7 @@ Adam's first one with epsilon 1 is lr g / (|g| + 1). Hugging Face lives in this 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.losses import gkd_loss
-from rlhf.records import GroupTokens
-from tests.policy_ranks import hugging_face, policy_config, random_rows, sequence_logprobs, shards_of
+from tests.policy_ranks import as_group, hugging_face, nll_loss, policy_config, random_rows, sequence_logprobs, shards_of
 from tests.tiny import make_tiny_model
 
 TEMPERATURE, LR, VOCABULARY, PADDED, K = 0.8, 100.0, 512, 520, 5
@@ -31,6 +31,8 @@ SPLITS = {  # data ranks, micro batches of each: rows
     (2, 1): [[[0, 1, 2]], [[3, 4, 5]]],
     (2, 2): [[[5], [3, 0]], [[1, 2], [4]]],
 }
+CASES = [(0.0, None, 0.0), (0.5, None, 0.0), (1.0, None, 0.3), (0.0, K, 0.0), (0.5, K, 0.3), (1.0, K, 0.0)]
+ALONE: dict[str, int] = {}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 
 
@@ -44,7 +46,10 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rows():
-    return random_rows(ROWS)
+    """Their first 2 tokens, which are not trained, are the same."""
+    rows = random_rows(ROWS)
+    prompt = rows.token_ids[0][:2]
+    return replace(rows, token_ids=tuple(np.concatenate([prompt, ids[2:]]) for ids in rows.token_ids))
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +67,14 @@ def distil(hosts, models, rows, tmp_path_factory):
         return teachers[key]
 
     def run(
-        ranks: int, micro_batches: int, student: dict[str, int] = {}, teacher: dict[str, int] = {}, *, sft_alpha=0.0,
-        beta=0.5, top_k=None, sampled=False,
-    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:  # fmt: skip
-        key = (ranks, micro_batches, *student.items(), "|", *teacher.items(), beta, top_k, sft_alpha, sampled)
+        ranks: int, micro_batches: int, student=ALONE, teacher=ALONE, *, beta=0.5, top_k=None, sft_alpha=0.0, source=None
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        key = (ranks, micro_batches, *student.items(), "|", *teacher.items(), beta, top_k, sft_alpha, source is None)
         if key not in done:
             refs = frozen_logits(teacher, top_k)
             folder = tmp_path_factory.mktemp("step")
             options = {"beta": beta, "gkd_logits_topk": top_k, "sft_alpha": sft_alpha, "temperature": TEMPERATURE}
-            done[key] = step(hosts, models, rows, folder, (ranks, micro_batches), student | options, refs, sampled)
+            done[key] = step(hosts, models, rows, folder, (ranks, micro_batches), student | options, refs, source)
         return done[key]
 
     return run
@@ -91,14 +95,13 @@ def token_logits(group, rows, top_k: int | None, reference: bool = False) -> lis
     return [ray.put(kept) for _, kept in ray.get(calls, timeout=120)]
 
 
-def step(hosts, models, rows, folder, split, options, refs, sampled) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step(hosts, models, rows, folder, split, options, refs, source) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     settings = {"lr": LR, "lr_decay_style": "constant", "weight_decay": 0.0, "clip_grad": 0.0, "adam_eps": 1.0}
     ranks = split[0] * options.get("tensor_model_parallel_size", 1) * options.get("pipeline_model_parallel_size", 1)
     group = hosts.start(policy_config(models["student"], task="gkd", **settings, **options), ranks)
-    source = ray.put(sampled if sampled else rows)
-    alpha = 0.0 if sampled else options["sft_alpha"]
-    loss = partial(gkd_loss, sft_alpha=alpha)
-    metrics = group.train_step(shards_of(rows, source, SPLITS[split]), loss, None, None, None, refs)
+    loss = partial(gkd_loss, sft_alpha=options["sft_alpha"])
+    shards = shards_of(rows, ray.put(rows if source is None else source), SPLITS[split])
+    metrics = group.train_step(shards, loss, None, None, None, refs)
     group.call("save", str(folder), 1)
     before, after = (load_file(path / "model.safetensors") for path in (models["student"], folder))
     moved = {name: (before[name].double() - after[name].double()) / LR for name in before}
@@ -153,13 +156,11 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max((one[name] - other[name]).abs().max().item() for name in one) / largest(other)
 
 
-@pytest.mark.parametrize(
-    ("beta", "top_k", "sft_alpha"), [(0.0, None, 0.0), (0.5, None, 0.0), (1.0, None, 0.3), (0.0, K, 0.0), (0.5, K, 0.3), (1.0, K, 0.0)]
-)
+@pytest.mark.parametrize(("beta", "top_k", "sft_alpha"), CASES)
 def test_loss_and_gradients_equal_those_of_trl_and_ms_swift(distil, expected, beta, top_k, sft_alpha):
     loss, kl, gradients = expected(beta, top_k, sft_alpha)
     metrics, ours = distil(1, 2, beta=beta, top_k=top_k, sft_alpha=sft_alpha)
-    assert largest(gradients) > 1e-2
+    assert largest(gradients) > 1e-3
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["kl"] == pytest.approx(kl, abs=1e-5)
     assert difference(ours, gradients) <= 1e-5
@@ -188,3 +189,40 @@ def test_gradients_do_not_depend_on_how_the_models_are_split(distil, student, te
     assert split_metrics["loss"] == pytest.approx(metrics["loss"], rel=2e-6)
     assert split_metrics["kl"] == pytest.approx(metrics["kl"], rel=2e-6)
     assert difference(split_gradients, gradients) <= 2e-6
+
+
+def test_sampled_responses_are_rows_whose_logprobs_are_compared_with_the_engines(distil, models, rows):
+    student = hugging_face(models["student"])
+    with torch.no_grad():
+        logprobs = [sequence_logprobs(student, ids, TEMPERATURE)[2:].numpy() + 0.01 for ids in rows.token_ids]
+    metrics, gradients = distil(1, 2)
+    sampled_metrics, sampled_gradients = distil(1, 2, source=as_group(rows, 2, logprobs))
+    assert sampled_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert difference(sampled_gradients, gradients) <= 1e-6
+    assert sampled_metrics["rollout_train_logprob_diff"] == pytest.approx(0.01, abs=1e-5)
+
+
+def test_a_policy_with_an_adapter_is_its_own_teacher(hosts, models, rows):
+    config = policy_config(models["student"], task="gkd", tuner_type="lora", lr=1e-2, temperature=TEMPERATURE)
+    group = hosts.start(config, 1)
+    shards = shards_of(rows, ray.put(rows), SPLITS[1, 2])
+    before = token_logits(group, rows, None, reference=True)
+    assert group.train_step(shards, gkd_loss, None, None, None, before)["loss"] == pytest.approx(0, abs=1e-7)
+    group.train_step(shards, nll_loss)
+    after = token_logits(group, rows, None, reference=True)
+    for key, logits in ray.get(before[0]).items():
+        assert np.array_equal(ray.get(logits).values, ray.get(ray.get(after[0])[key]).values)
+    (metrics,) = group.on_shards("evaluate", shards, gkd_loss, None, None, None, after)
+    assert metrics["loss"] > 1e-4 and metrics["kl"] > metrics["loss"]
+
+
+def test_only_trained_tokens_are_kept_in_the_models_dtype(hosts, models, rows):
+    """[N, V] of 2 bytes in bfloat16; of the 5 likeliest 4 bytes for each id and each logit."""
+    config = policy_config(models["student"], task="gkd", torch_dtype="bfloat16", teacher=role(models["teacher"], **TP2))
+    group = hosts.start(config, 2, frozen="teacher")
+    trained = int(sum(mask.sum() for mask in rows.loss_masks))
+    parts = [ray.get(list(ray.get(part).values())) for part in token_logits(group, rows, None)]
+    assert [sum(kept.values.nbytes for kept in part) for part in parts] == [2 * trained * PADDED // 2] * 2
+    assert [part[0].first_column for part in parts] == [0, PADDED // 2]
+    first, second = [ray.get(list(ray.get(part).values())) for part in token_logits(group, rows, K)]
+    assert sum(kept.values.nbytes + kept.ids.nbytes for kept in first) == 8 * K * trained and second == []

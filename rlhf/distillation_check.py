@@ -1,9 +1,30 @@
-"""Whether two model folders have one vocabulary: the ids of their tokenizers, read as JSON."""
+"""What can be found wrong with a distillation before anything starts, above all a teacher with another tokenizer. Reads JSON."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from rlhf.config import Config, reads_prompts
+from rlhf.model_folder import ModelShape, read_shape
+
+
+def check_distillation(config: Config, shape: ModelShape) -> None:
+    """Check a resolved config of gkd whose models are local folders; `shape`: the student's. Raises ValueError."""
+    if config.beta > 1:
+        raise ValueError(f"beta {config.beta:g} of gkd must be at most 1: 0 is KL(teacher || student), 1 KL(student || teacher)")
+    if config.lmbda == 1:
+        for name in ("seq_kd", "sft_alpha"):
+            if getattr(config, name):
+                raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
+    if config.packing and reads_prompts(config):
+        raise ValueError("packing is for steps that all train on the rows as they are: give --micro_batch_tokens, or --lmbda 0")
+    folder = Path(config.teacher.model)
+    teacher = read_shape(folder)
+    if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:
+        raise ValueError(f"gkd_logits_topk {config.gkd_logits_topk} is more than the teacher's {teacher.vocab_size} tokens")
+    if folder != Path(config.model):
+        check_same_tokens(Path(config.model), folder, smaller=min(shape.vocab_size, teacher.vocab_size))
 
 
 def check_same_tokens(student: Path, teacher: Path, *, smaller: int) -> None:
