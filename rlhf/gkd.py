@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -15,9 +16,10 @@ from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import gkd_loss
-from rlhf.records import Group, Shard
+from rlhf.records import Group, Score, Shard
 from rlhf.supervised import Update, train_on_rows
 
+UNSCORED = Score(rewards=(None,), by_function={})
 SplitOver = Callable[..., list[Shard]]  # of a batch, over `data_size` ranks
 
 
@@ -27,9 +29,12 @@ def train_gkd(config: Config, roles: Roles, **run: Any) -> None:
     def prepare(batch: RowBatch, training: bool) -> Update:
         if training and is_on_policy(config, batch.position):
             groups = sample(roles, batch)
-            return distil(config, roles, partial(response_shards, groups, config), gkd_loss, on_policy_metrics(groups))
-        rows = partial(row_shards, batch, config, weigh="tokens")
-        return distil(config, roles, rows, partial(gkd_loss, sft_alpha=config.sft_alpha), {"on_policy": 0} if training else {})
+            update = distil(config, roles, partial(response_shards, groups, config), gkd_loss)
+            metrics = on_policy_metrics(groups) | roles.rollout.metrics()
+            return replace(update, metrics=metrics, sampled=[(group, UNSCORED) for group in groups])
+        loss = partial(gkd_loss, sft_alpha=config.sft_alpha)
+        update = distil(config, roles, partial(row_shards, batch, config, weigh="tokens"), loss)
+        return replace(update, metrics={"on_policy": 0}) if training else update
 
     version = (lambda: {"weight_version": roles.rollout.version}) if roles.rollout else dict
     train_on_rows(config, roles, prepare, state=version, **run)
@@ -47,12 +52,12 @@ def sample(roles: Roles, batch: RowBatch) -> list[Group]:
     return sorted(groups, key=lambda group: group.prompt.index)
 
 
-def distil(config: Config, roles: Roles, split_over: SplitOver, loss: Callable[..., Any], metrics: dict[str, Any]) -> Update:
+def distil(config: Config, roles: Roles, split_over: SplitOver, loss: Callable[..., Any]) -> Update:
     """The update towards the teacher's logits: of its own group, or of the policy with its adapter disabled."""
     ranks = roles.teacher or roles.policy
     shards = split_over(data_size=ranks.data_size)
     teacher = ranks.every_rank_refs("token_logits", shards, config.gkd_logits_topk, roles.teacher is None)
-    return Update(shards=split_over(data_size=roles.policy.data_size), loss=loss, teacher=teacher, metrics=metrics)
+    return Update(shards=split_over(data_size=roles.policy.data_size), loss=loss, teacher=teacher)
 
 
 def on_policy_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rlhf.config import Config
 from rlhf.counts import compares
 from rlhf.data import RowBatch
 from rlhf.metrics import RunLog
-from rlhf.records import Shard
+from rlhf.records import Group, Score, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Update:
     ref: list[ray.ObjectRef] | None = None  # the reference's logprobs
     batch_values: list[ray.ObjectRef] | None = None  # of every sequence of the global batch
     teacher: list[ray.ObjectRef] | None = None  # the teacher's logits
-    metrics: dict[str, float] = field(default_factory=dict)  # what is known beside those of the loss, and wins
+    metrics: dict[str, float] = field(default_factory=dict)  # what is known beside those of the loss
+    sampled: list[tuple[Group, Score]] | None = None  # the responses, when they are not the rows'
 
     def run(self, method: str, roles: Roles) -> dict[str, float]:
         """The metrics of `train_step` or `evaluate`."""
@@ -57,8 +58,9 @@ def train_on_rows(
         evaluate(config, roles, prepare, log, step=0)
     for step in range(start + 1, total + 1):
         batch = roles.data.next_batch(config.global_batch_size)
-        metrics = prepare(batch, True).run("train_step", roles)
-        log.step(step, {"tokens": batch.num_tokens} | metrics | {"epoch": roles.data.epoch})
+        update = prepare(batch, True)
+        metrics = {"tokens": batch.num_tokens} | update.run("train_step", roles) | {"epoch": roles.data.epoch}
+        log.step(step, metrics, update.sampled)
         if step % config.eval_steps == 0 or step == total:
             evaluate(config, roles, prepare, log, step=step)
         checkpoints.save_if_due(step, roles.policy, roles.data.state() | state())

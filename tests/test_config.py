@@ -45,6 +45,7 @@ MS_SWIFT = {
     "log_completions": False, "label_smoothing": 0, "reference_free": False, "rpo_alpha": None,
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1,
+    "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0, "gkd_logits_topk": None,
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
@@ -82,7 +83,7 @@ def test_defaults_are_ms_swifts():
     config = Config()
     assert {name: getattr(config, name) for name in MS_SWIFT} == MS_SWIFT
     assert {name: getattr(config, name) for name in OURS} == OURS
-    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, "task", "rollout", "reference"}
+    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, "task", "rollout", "reference", "teacher"}
 
 
 def test_defaults_are_those_in_the_installed_ms_swift():

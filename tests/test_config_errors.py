@@ -68,7 +68,7 @@ def test_the_base_of_these_commands_is_accepted():
         ("rlhf --top_p 1.5", "--top_p must be at most 1, not 1.5"),
         ("rlhf --context_parallel_size 2", "option --context_parallel_size is known but not supported (only 1 is): context parallelism is not supported yet"),
         ("rlhf --padding_free false", "option --padding_free is known but not supported (only true is): rows are always packed without padding"),
-        ("rlhf --teacher_model x", "option --teacher_model is known but not supported: teachers (rlhf_type gkd) are not supported yet"),
+        ("rlhf --teacher_model x", "--teacher.model is not used by dpo; it belongs to gkd"),
         ("rlhf --offload_bridge true", "option --offload_bridge is known but not supported (only false is): this kind of offloading is not supported yet"),
         ("rlhf --config", "--config needs a file: --config FILE.yaml"),
         ("rlhf --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),

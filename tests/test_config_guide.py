@@ -203,12 +203,6 @@ def test_moe_is_refused_by_name(read):
         read(MOE_SFT, 8)
 
 
-@pytest.mark.parametrize("algorithm", ["gkd", "rm"])
-def test_other_algorithms_are_refused_by_name(read, algorithm):
-    with pytest.raises(ValueError, match=f"rlhf_type {algorithm} is not supported yet"):
-        read(f"megatron rlhf --rlhf_type {algorithm} --model Qwen/Qwen2.5-7B-Instruct --beta 0.1 --train_iters 1", 2)
-
-
 def test_shipped_yaml_files_are_complete_but_for_model_and_data(read):
     configs = Path(__file__).parent.parent / "configs"
     common = "--model Qwen/Qwen2.5-7B-Instruct --dataset /path/to/data.jsonl"

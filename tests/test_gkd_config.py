@@ -1,6 +1,7 @@
 """What gkd asks of a command line: options, a teacher with the same tokens, what the plan says."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,31 @@ from rlhf.resolution import resolve
 from tests.model_json import QWEN25_7B, write_model
 from tests.tiny import make_tokenizer
 
+# The published command, word for word.
+GUIDE = """
+    megatron rlhf
+    --rlhf_type gkd
+    --model Qwen/Qwen2.5-7B-Instruct
+    --teacher_model Qwen/Qwen2.5-72B-Instruct
+    --use_hf
+    --save_safetensors true
+    --dataset /path/to/sft_data.jsonl
+    --beta 0.5
+    --lmbda 0.5
+    --temperature 0.9
+    --max_completion_length 512
+    --tensor_model_parallel_size 2
+    --sequence_parallel true
+    --micro_batch_size 4
+    --global_batch_size 16
+    --finetune true
+    --cross_entropy_loss_fusion true
+    --lr 1e-5
+    --num_train_epochs 1
+    --output_dir megatron_output/gkd
+    --no_save_optim true
+    --no_save_rng true
+"""
 GIB = 2**30
 CPU = Devices(gpus=0, gpu_name="", memory=24 * GIB, cores=2)
 
@@ -65,6 +91,19 @@ def test_the_guides_options_and_defaults(student, teacher):
     assert config.teacher == TeacherRole(model=str(teacher)) == load(student, None, "--teacher.model", str(teacher)).teacher
     assert config.max_length == 32768 - 512 and config.vllm_max_model_len == 32768
     assert config.truncation_strategy == "delete" and load(student, teacher, "--lmbda", "1").truncation_strategy == "left"
+
+
+def test_the_guides_command(student, teacher, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    folders = {"Qwen/Qwen2.5-7B-Instruct": str(student), "Qwen/Qwen2.5-72B-Instruct": str(teacher)}
+    config = load_config([folders.get(word, word) for word in shlex.split(GUIDE)[1:]], weights=False)
+    assert (config.task, config.lmbda, config.beta, config.teacher.model) == ("gkd", 0.5, 0.5, str(teacher))
+    assert (config.sequence_parallel, rollout_engines(config), config.micro_batch_size) == (True, 2, 4)
+
+
+def test_the_shipped_file_is_complete_but_for_models_and_data(student, teacher):
+    config = load(student, teacher, "--config", str(Path(__file__).parent.parent / "configs" / "gkd.yaml"))
+    assert (config.gkd_logits_topk, config.lmbda, config.global_batch_size) == (64, 0.5, 64)
 
 
 @pytest.mark.parametrize(("lmbda", "engines"), [("0", 0), ("0.1", 2), ("1", 2)])

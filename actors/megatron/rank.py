@@ -102,6 +102,7 @@ class MegatronRank:
             batches = self._packed(shard)
             with adapter_disabled(self.model) if reference else nullcontext():
                 kept = run_micro_batches(self.module, batches, output_logits, backward=False)
+            self.platform.release_memory()  # to the policy, on whose device this may be
             if not parallel_state.is_pipeline_last_stage():
                 return None, None
             return None, {key: ref for part in kept for key, ref in part.items()}
