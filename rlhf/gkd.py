@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import gkd_loss
+from rlhf.model_folder import read_shape
 from rlhf.records import Group, Score, Shard
 from rlhf.supervised import Update, train_on_rows
 
@@ -55,9 +57,16 @@ def sample(roles: Roles, batch: RowBatch) -> list[Group]:
 def distil(config: Config, roles: Roles, split_over: SplitOver, loss: Callable[..., Any]) -> Update:
     """The update towards the teacher's logits: of its own group, or of the policy with its adapter disabled."""
     ranks = roles.teacher or roles.policy
+    tokens = common_vocabulary(config.model, config.teacher.model)
     shards = split_over(data_size=ranks.data_size)
-    teacher = ranks.every_rank_refs("token_logits", shards, config.gkd_logits_topk, roles.teacher is None)
+    teacher = ranks.every_rank_refs("token_logits", shards, tokens, config.gkd_logits_topk, roles.teacher is None)
     return Update(shards=split_over(data_size=roles.policy.data_size), loss=loss, teacher=teacher)
+
+
+@cache
+def common_vocabulary(student: str, teacher: str) -> int:
+    """Tokens that both models have: with one tokenizer their vocabularies differ by padding alone."""
+    return min(read_shape(Path(folder)).vocab_size for folder in (student, teacher))
 
 
 def on_policy_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -137,7 +137,7 @@ class TokenLogits:
 
     values: np.ndarray  # [N, C] in the model's dtype (bfloat16: its bits as int16), or [N, K] float32
     first_column: int  # token id of the first column
-    vocab_size: int  # of the teacher: columns from there on are padding
+    vocab_size: int  # that both models have: columns from there on count on neither side
     ids: np.ndarray | None = None  # [N, K] int32
 
 

@@ -89,7 +89,7 @@ def token_logits(group, rows, top_k: int | None, reference: bool = False) -> lis
     split = SPLITS[group.data_size, 2]
     shards = shards_of(rows, ray.put(rows), split)
     calls = [
-        actor.call.remote("token_logits", shards[info.data_rank], top_k, reference)
+        actor.call.remote("token_logits", shards[info.data_rank], VOCABULARY, top_k, reference)
         for actor, info in zip(group.actors, group.infos)
     ]
     return [ray.put(kept) for _, kept in ray.get(calls, timeout=120)]

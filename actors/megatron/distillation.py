@@ -47,10 +47,10 @@ class TensorRanks:
 
 def keep_logits(
     logits: torch.Tensor, packed: PackedMicroBatch, *, vocab_size: int, top_k: int | None
-) -> LogitRefs | None:
-    """The teacher's side: put the logits [1, T, C] of trained tokens into the object store; None where another rank does.
+) -> LogitRefs:
+    """The teacher's side: put the logits [1, T, C] of trained tokens into the object store.
 
-    All columns in the model's own dtype, or the `top_k` largest of a token with their ids.
+    All columns in the model's own dtype; or the `top_k` largest of a token with their ids, by one tensor rank alone.
     """
     import ray
     from megatron.core import parallel_state
@@ -62,7 +62,7 @@ def keep_logits(
     if top_k is not None:
         rows, ids = likeliest(rows, top_k, first=first, vocab_size=vocab_size)
         if parallel_state.get_tensor_model_parallel_rank():
-            return None
+            return {}
         first, ids = 0, ids.int().cpu().numpy()
     owners = packed.batch.sequence_ids[positions].cpu().numpy()
     ends = np.cumsum(np.bincount(owners, minlength=len(packed.sequences)))[:-1]
@@ -146,8 +146,7 @@ class Comparison:
         self, rows: torch.Tensor, teacher: list[list[TokenLogits]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[N] each: the divergence that is trained on, and KL(teacher || student), without gradient."""
-        config, first = self.config, first_column(rows)
-        vocab_size = min([self.vocab_size, *(part.vocab_size for parts in teacher for part in parts)])
+        config, first, vocab_size = self.config, first_column(rows), teacher[0][0].vocab_size
         options = {
             "vocab_size": vocab_size, "temperature": config.temperature, "first_column": first, "reduce": self.reduce,
         }  # fmt: skip

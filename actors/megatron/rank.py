@@ -82,11 +82,11 @@ class MegatronRank:
 
     @ray.method(num_returns=2)
     def token_logits(
-        self, shard: Shard, top_k: int | None, reference: bool = False
+        self, shard: Shard, vocab_size: int, top_k: int | None, reference: bool = False
     ) -> tuple[None, dict[int, ObjectRef] | None]:
         """Per sequence key a reference to the `TokenLogits` of this rank's columns, or over all ranks of the `top_k` likeliest.
 
-        Two values as `logprobs`; the second is None on ranks without logits. `reference` switches the adapter off.
+        `vocab_size`: the tokens that the model has in common with who compares. Two values as `logprobs`; the second is None on ranks without logits. `reference` switches the adapter off.
         """
         from megatron.core import parallel_state
 
@@ -95,8 +95,8 @@ class MegatronRank:
         from actors.megatron.lora import adapter_disabled
 
         def output_logits(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[int, ObjectRef]]:
-            kept = keep_logits(logits, micro_batch, vocab_size=self.model.vocab_size, top_k=top_k)
-            return logits.new_zeros(()), kept or {}
+            kept = keep_logits(logits, micro_batch, vocab_size=vocab_size, top_k=top_k)
+            return logits.new_zeros(()), kept
 
         with self.doing("token_logits"):
             batches = self._packed(shard)
