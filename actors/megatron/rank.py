@@ -86,7 +86,8 @@ class MegatronRank:
     ) -> tuple[None, dict[int, ObjectRef] | None]:
         """Per sequence key a reference to the `TokenLogits` of this rank's columns, or over all ranks of the `top_k` likeliest.
 
-        `vocab_size`: the tokens that the model has in common with who compares. Two values as `logprobs`; the second is None on ranks without logits. `reference` switches the adapter off.
+        `vocab_size`: the tokens that the model has in common with who compares. Two values as `logprobs`; the second is None on
+        ranks without logits. `reference` switches the adapter off.
         """
         from megatron.core import parallel_state
 
