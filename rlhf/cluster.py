@@ -30,6 +30,7 @@ from rlhf.data import DataFailure, PromptedRowStream, PromptStream, RowStream
 from rlhf.devices import find_devices
 from rlhf.fit import MOST, check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
+from rlhf.model_folder import excess_ids
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
@@ -137,7 +138,8 @@ class Cluster:
         )
         engines.stop_words += info.end_tokens
         prompts = PromptStream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
-        responses = complete_responses(folder, prompts.batch_at, engines.generate, count=count)
+        generate = partial(engines.generate, sampling={"excluded_ids": excess_ids(config.model, self.config.model)})
+        responses = complete_responses(folder, prompts.batch_at, generate, count=count)
         self._answer(data_worker.adopt.remote(responses), "adopting the teacher's responses")
         for engine in engines.engines:
             ray.kill(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import gkd_loss
-from rlhf.model_folder import read_shape
+from rlhf.model_folder import excess_ids, read_shape
 from rlhf.records import Group, Score, Shard
 from rlhf.supervised import Update, train_on_rows
 
@@ -30,7 +30,7 @@ def train_gkd(config: Config, roles: Roles, **run: Any) -> None:
 
     def prepare(batch: RowBatch, training: bool) -> Update:
         if training and is_on_policy(config, batch.position):
-            groups = sample(roles, batch)
+            groups = sample(config, roles, batch)
             update = distil(config, roles, partial(response_shards, groups, config), gkd_loss)
             metrics = on_policy_metrics(groups) | roles.rollout.metrics()
             return replace(update, metrics=metrics, sampled=[(group, UNSCORED) for group in groups])
@@ -47,26 +47,21 @@ def is_on_policy(config: Config, position: int) -> bool:
     return np.random.default_rng([config.seed, position]).random() < config.lmbda
 
 
-def sample(roles: Roles, batch: RowBatch) -> list[Group]:
-    """The policy's response to the prompt of every row, in the order of the rows."""
+def sample(config: Config, roles: Roles, batch: RowBatch) -> list[Group]:
+    """The policy's response to the prompt of every row, in the order of the rows, of tokens that the teacher has too."""
     roles.rollout.push(roles.policy)
-    groups = roles.rollout.generate(ray.get(batch.prompts), n=1)
+    unknown = excess_ids(config.model, config.teacher.model)
+    groups = roles.rollout.generate(ray.get(batch.prompts), n=1, sampling={"excluded_ids": unknown})
     return sorted(groups, key=lambda group: group.prompt.index)
 
 
 def distil(config: Config, roles: Roles, split_over: SplitOver, loss: Callable[..., Any]) -> Update:
     """The update towards the teacher's logits: of its own group, or of the policy with its adapter disabled."""
     ranks = roles.teacher or roles.policy
-    tokens = common_vocabulary(config.model, config.teacher.model)
+    tokens = min(read_shape(Path(folder)).vocab_size for folder in (config.model, config.teacher.model))
     shards = split_over(data_size=ranks.data_size)
     teacher = ranks.every_rank_refs("token_logits", shards, tokens, config.gkd_logits_topk, roles.teacher is None)
     return Update(shards=split_over(data_size=roles.policy.data_size), loss=loss, teacher=teacher)
-
-
-@cache
-def common_vocabulary(student: str, teacher: str) -> int:
-    """Tokens that both models have: with one tokenizer their vocabularies differ by padding alone."""
-    return min(read_shape(Path(folder)).vocab_size for folder in (student, teacher))
 
 
 def on_policy_metrics(groups: Sequence[Group]) -> dict[str, float]:

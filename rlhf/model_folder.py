@@ -163,6 +163,12 @@ def read_shape(folder: Path) -> ModelShape:
         raise ValueError(f"{folder}/config.json is broken: {error}") from None
 
 
+def excess_ids(folder: str, other: str) -> range:
+    """Token ids that the model in `folder` has beyond those of `other`: padding, when they share a tokenizer."""
+    own, less = (read_shape(Path(name)).vocab_size for name in (folder, other))
+    return range(less, max(own, less))
+
+
 def check_files(folder: Path) -> None:
     """Weights and tokenizer are there. Raises ValueError naming what is missing."""
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):

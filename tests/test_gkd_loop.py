@@ -47,7 +47,7 @@ class StandIn:
         self.calls.append("push")
         self.version += 1
 
-    def generate(self, prompts, n):
+    def generate(self, prompts, n, sampling):
         self.calls.append("generate")
         for prompt in reversed(prompts):
             yield Group(
