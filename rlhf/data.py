@@ -44,6 +44,12 @@ class RowBatch:
         """Tokens with a loss of all rows."""
         return sum(self.summary.trained[sequence] for sequence in self.sequences)
 
+    def parts(self, size: int) -> list[RowBatch]:
+        """The same units, `size` at a time."""
+        units = self.summary.units
+        starts = range(0, len(units), size)
+        return [replace(self, summary=replace(self.summary, units=units[start : start + size])) for start in starts]
+
     def only(self, place: int) -> RowBatch:
         """The same rows, each with its sequence number `place` alone."""
         units = [[[row[place]] for row in unit] for unit in self.summary.units]

@@ -19,7 +19,7 @@ from rlhf.data import RowBatch
 from rlhf.losses import gkd_loss
 from rlhf.model_folder import excess_ids, read_shape
 from rlhf.records import Group, Score, Shard
-from rlhf.supervised import Update, train_on_rows
+from rlhf.supervised import InParts, Update, train_on_rows
 
 UNSCORED = Score(rewards=(None,), by_function={})
 SplitOver = Callable[..., list[Shard]]  # of a batch, over `data_size` ranks
@@ -28,15 +28,19 @@ SplitOver = Callable[..., list[Shard]]  # of a batch, over `data_size` ranks
 def train_gkd(config: Config, roles: Roles, **run: Any) -> None:
     """The loss is the mean over the trained tokens of a global batch; `run` as in `train_on_rows`."""
 
-    def prepare(batch: RowBatch, training: bool) -> Update:
-        if training and is_on_policy(config, batch.position):
+    def prepare(batch: RowBatch, training: bool) -> Update | InParts:
+        if not training:
+            return InParts(parts=batch.parts(config.global_batch_size), prepare=on_rows)
+        if is_on_policy(config, batch.position):
             groups = sample(config, roles, batch)
             update = distil(config, roles, partial(response_shards, groups, config), gkd_loss)
             metrics = on_policy_metrics(groups) | roles.rollout.metrics()
             return replace(update, metrics=metrics, sampled=[(group, UNSCORED) for group in groups])
+        return replace(on_rows(batch), metrics={"on_policy": 0})
+
+    def on_rows(batch: RowBatch) -> Update:
         loss = partial(gkd_loss, sft_alpha=config.sft_alpha)
-        update = distil(config, roles, partial(row_shards, batch, config, weigh="tokens"), loss)
-        return replace(update, metrics={"on_policy": 0}) if training else update
+        return distil(config, roles, partial(row_shards, batch, config, weigh="tokens"), loss)
 
     version = (lambda: {"weight_version": roles.rollout.version}) if roles.rollout else dict
     train_on_rows(config, roles, prepare, state=version, **run)

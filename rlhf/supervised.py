@@ -36,7 +36,24 @@ class Update:
         return roles.policy.on_shards(method, *arguments)[0] | self.metrics
 
 
-Prepare = Callable[[RowBatch, bool], Update]  # of a batch, to train on it or to evaluate
+@dataclass(frozen=True, kw_only=True)
+class InParts:
+    """Held-out rows that are prepared and evaluated one part after another; every metric is a mean over trained tokens."""
+
+    parts: list[RowBatch]
+    prepare: Callable[[RowBatch], Update]
+
+    def run(self, method: str, roles: Roles) -> dict[str, float]:
+        """The metrics of all parts together."""
+        total = sum(part.trained_tokens for part in self.parts)
+        metrics: dict[str, float] = {}
+        for part in self.parts:
+            for name, value in self.prepare(part).run(method, roles).items():
+                metrics[name] = metrics.get(name, 0.0) + value * part.trained_tokens / total
+        return metrics
+
+
+Prepare = Callable[[RowBatch, bool], Any]  # of a batch, to train on it or to evaluate: an Update, or InParts
 
 
 def train_on_rows(
@@ -58,12 +75,17 @@ def train_on_rows(
         evaluate(config, roles, prepare, log, step=0)
     for step in range(start + 1, total + 1):
         batch = roles.data.next_batch(config.global_batch_size)
-        update = prepare(batch, True)
-        metrics = {"tokens": batch.num_tokens} | update.run("train_step", roles) | {"epoch": roles.data.epoch}
-        log.step(step, metrics, update.sampled)
+        train(roles, prepare, batch, log, step)
         if step % config.eval_steps == 0 or step == total:
             evaluate(config, roles, prepare, log, step=step)
         checkpoints.save_if_due(step, roles.policy, roles.data.state() | state())
+
+
+def train(roles: Roles, prepare: Prepare, batch: RowBatch, log: RunLog, step: int) -> None:
+    """Update and log. What the update refers to ends here: the next step's logits of a teacher need its room."""
+    update = prepare(batch, True)
+    metrics = {"tokens": batch.num_tokens} | update.run("train_step", roles) | {"epoch": roles.data.epoch}
+    log.step(step, metrics, update.sampled)
 
 
 def evaluate(config: Config, roles: Roles, prepare: Prepare, log: RunLog, *, step: int) -> None:

@@ -21,7 +21,7 @@ def folder(tmp_path_factory) -> str:
 class StandIn:
     """Every role in one; `calls` is what was asked, in order."""
 
-    data_size, version, epoch, position, evaluation_rows = 1, 0, 0.0, 0, 2
+    data_size, version, epoch, position, evaluation_rows = 1, 0, 0.0, 0, 3
 
     def __init__(self, name: str = ""):
         self.name, self.calls, self.logged = name, [], []
@@ -65,14 +65,14 @@ class StandIn:
     def on_shards(self, method, shards, loss, old, ref, values, teacher):
         alpha = getattr(loss, "keywords", {}).get("sft_alpha")
         self.calls.append(f"{method} {shards[0].num_tokens} alpha {alpha} {teacher}")
-        return [{"loss": 0.0}]
+        return [{"loss": 3.0 if shards[0].num_tokens == 4 else 0.0}]
 
     def step(self, step, metrics, sampled):
         self.calls.append(f"log {step}")
         self.logged.append((metrics, sampled))
 
     def evaluation(self, step, metrics):
-        self.calls.append(f"log evaluation {step}")
+        self.calls.append(f"log evaluation {step} {metrics}")
 
     def save_if_due(self, step, policy, state):
         self.calls.append(f"save {step} {state}")
@@ -118,10 +118,14 @@ def test_a_step_on_rows_asks_the_teacher_and_adds_the_cross_entropy(run):
     assert it.logged[0] == ({"tokens": 18, "loss": 0.0, "on_policy": 0, "epoch": 0.0}, None)
 
 
-def test_held_out_rows_are_never_sampled(run):
+def test_held_out_rows_are_never_sampled_and_a_global_batch_at_a_time(run):
+    """Of 3 rows with 4 trained tokens each, 2 and 1."""
     calls = run(2, lmbda=1.0).calls
     start = calls.index("held-out rows")
-    assert calls[start + 1 : start + 4] == ["teacher token_logits 8", "evaluate 8 alpha 0.1 ['logits']", "log evaluation 2"]
+    assert calls[start + 1 : start + 6] == [
+        "teacher token_logits 8", "evaluate 8 alpha 0.1 ['logits']",
+        "teacher token_logits 4", "evaluate 4 alpha 0.1 ['logits']", "log evaluation 2 {'loss': 1.0}",
+    ]  # fmt: skip
 
 
 def test_a_policy_with_an_adapter_is_asked_without_it(run):
