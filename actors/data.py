@@ -16,6 +16,8 @@ from actors.progress import Progress
 from rlhf.records import Prompt, RowSummary, RowTokens
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from actors.dataset import Dataset
     from actors.encoding import Encoder
 
@@ -44,7 +46,7 @@ class DatasetInfo:
 
 
 class DataWorker:
-    """Loads, encodes, and serves by position. One of `prompts` (grpo) and `rows` (the other tasks) has a use in a run."""
+    """Loads, encodes, and serves by position. A run uses `prompts` (grpo), `rows`, or both in one (gkd)."""
 
     train: Dataset
     evaluation: Dataset | None
@@ -75,13 +77,17 @@ class DataWorker:
         self.evaluation = None
         if evaluation is not None:
             name = " ".join(config.val_dataset) or f"split_dataset_ratio {config.split_dataset_ratio:g}"
-            self.evaluation = self._encoded(evaluation, encoder, name, shuffled=False)
+            self.evaluation = self._encoded(evaluation, encoder.of_answers(), name, shuffled=False)
         return self._info(encoder)
 
     def prompts(self, start: int, count: int) -> list[Prompt]:
         """The prompts at positions start .. start + count - 1."""
         with self.progress.doing(f"reading {count} prompts from position {start}"):
             return [self._prompt(position) for position in range(start, start + count)]
+
+    def adopt(self, responses: dict[int, np.ndarray]) -> None:
+        """Train on these answers: token ids [R] int32 by the prompt's position in the first epoch."""
+        self.train.adopt(responses)
 
     @ray.method(num_returns=2)
     def rows(self, start: int, count: int, evaluation: bool = False) -> tuple[RowTokens, RowSummary]:
@@ -115,6 +121,12 @@ class DataWorker:
             units=[[[row]] for row in range(len(rows))],
         )
         return tokens, summary
+
+    @ray.method(num_returns=3)
+    def prompted_rows(self, start: int, count: int) -> tuple[RowTokens, list[Prompt], RowSummary]:
+        """The rows of these positions with the prompt of each; not packed."""
+        tokens, summary = self.rows(start, count)
+        return tokens, self.prompts(start, count), summary
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:

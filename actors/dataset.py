@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from actors.encoding import Encoder
 
 SPAN = 500  # rows encoded at a time by one process
+NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,9 @@ class Dataset:
     def __init__(self, rows: Any, encoder: Encoder, *, num_proc: int, pack_tokens: int | None, shuffle_seed: int | None):
         """`rows`: a Hugging Face dataset; `pack_tokens`: of one pack; `shuffle_seed` None: as they were read."""
         self.rows, self.shuffle_seed, self.limit = rows, shuffle_seed, encoder.limit
+        self.prompted = encoder.reads_prompts  # the last sequence of a row is its prompt
+        self.answered = encoder.reads_answers
+        self.responses: dict[int, np.ndarray] = {}  # [R] int32 by row: answers that were sampled
         self.encoded = encode_rows(rows, encoder, num_proc=num_proc)
         self.ends = np.cumsum(self.encoded.lengths)
         num_rows = len(self.encoded.sources)
@@ -75,23 +79,40 @@ class Dataset:
         self.epoch, self.order = -1, np.zeros(0, np.int64)  # the order of one epoch: [U]
 
     def row_at(self, position: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Of an unpacked dataset of one-sequence rows: token ids [L] int32, and the row as it was read."""
+        """Of an unpacked dataset with prompts: the prompt's token ids [L] int32, and the row as it was read."""
         (row,) = self.units[self._at(position)]
-        return self._slice(self.encoded.token_ids, row), self.rows[int(self.encoded.sources[row])]
+        prompt = self.encoded.row_starts[row + 1] - 1
+        return self._slice(self.encoded.token_ids, prompt), self.rows[int(self.encoded.sources[row])]
+
+    def adopt(self, responses: dict[int, np.ndarray]) -> None:
+        """Answer prompts: token ids [R] int32 by a position of the first epoch, for `take` in every epoch."""
+        self.responses = {self.units[self._at(position)][0]: ids for position, ids in responses.items()}
 
     def take(self, start: int, count: int) -> tuple[RowTokens, RowSummary]:
-        """The rows of the units at positions start .. start + count - 1, and what planning needs of them."""
+        """The rows of the units at positions start .. start + count - 1, and what planning needs of them.
+
+        Without the prompt that stands beside an answered one, and with the response that was adopted for a prompt.
+        """
         sequences: list[int] = []
+        responses: list[np.ndarray] = []
         units: list[list[list[int]]] = []
         for position in range(start, start + count):
             units.append([])
             for row in self.units[self._at(position)]:
                 first, last = self.encoded.row_starts[row : row + 2]
+                last -= self.prompted and self.answered
                 units[-1].append(list(range(len(sequences), len(sequences) + last - first)))
                 sequences += range(first, last)
+                responses += [self.responses.get(row, NO_TOKENS)] * int(last - first)
         tokens = RowTokens(
-            token_ids=tuple(self._slice(self.encoded.token_ids, sequence) for sequence in sequences),
-            loss_masks=tuple(self._slice(self.encoded.loss_masks, sequence) for sequence in sequences),
+            token_ids=tuple(
+                np.concatenate([self._slice(self.encoded.token_ids, sequence), response])
+                for sequence, response in zip(sequences, responses)
+            ),
+            loss_masks=tuple(
+                np.concatenate([self._slice(self.encoded.loss_masks, sequence), np.ones(len(response), np.float32)])
+                for sequence, response in zip(sequences, responses)
+            ),
         )
         return tokens, self._summary(tokens, [self.encoded.targets[sequence] for sequence in sequences], units)
 

@@ -10,6 +10,7 @@ Letters: L tokens of one conversation.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from actors.head_rows import head_rows
 from actors.processor import load_processor, own_template
-from rlhf.config import HEADED, PAIRED
+from rlhf.config import HEADED, PAIRED, reads_answers, reads_prompts
 
 PASSED_ON = (
     "messages",
@@ -50,21 +51,22 @@ class Row:
 
 
 class Encoder:
-    """Encodes dataset rows for a task: prompts without their answer (grpo), or whole conversations with loss masks."""
+    """Encodes dataset rows for a task: whole conversations with loss masks, prompts without their answer, or both of a row."""
 
     def __init__(self, config: Any):
         from swift.template import get_template
 
         processor = load_processor(config)
         self.config, self.task = config, config.task
-        self.prompts_only = prompts_only = config.task == "grpo"
+        self.reads_prompts = reads_prompts(config)
+        self.reads_answers = reads_answers(config)
         self.limit = config.max_length or processor.model_info.max_model_len
         if config.packing and config.packing_length:
             self.limit = min(self.limit, config.packing_length)
         self.has_head = config.task in HEADED
         if self.has_head:  # ms-swift then ends a text as it does for a head or an embedding
             processor.model_info.task_type = "seq_cls"
-        self.strategy = config.truncation_strategy or ("left" if prompts_only else "delete")
+        self.strategy = config.truncation_strategy or ("delete" if self.reads_answers else "left")
         self.template = get_template(
             processor,
             config.system,
@@ -74,7 +76,6 @@ class Encoder:
             template_backend=config.template_backend,
             use_chat_template=config.task != "pt",
         )
-        self.template.set_mode("vllm" if prompts_only else "train")
         self.tokenizer = self.template.tokenizer
         unknown_model = self.template.template_meta.template_type == "dummy"
         self.jinja = config.task != "pt" and (config.template_backend == "jinja" or unknown_model)
@@ -83,6 +84,12 @@ class Encoder:
                 f"the tokenizer of {config.model} has no chat template: give --template chatml, or another of "
                 "ms-swift's, and --template_backend swift"
             )
+
+    def of_answers(self) -> Encoder:
+        """The same for rows that are evaluated: whole conversations."""
+        encoder = copy(self)
+        encoder.reads_prompts, encoder.reads_answers = False, True
+        return encoder
 
     def end_tokens(self) -> tuple[str, ...]:
         """Special tokens by which the template ends an answer: a base model's own end token is often another one."""
@@ -107,17 +114,25 @@ class Encoder:
         conversations = self._conversations(row)
         if isinstance(conversations, str):
             return conversations
+        passed_on = _passed_on(row)
         sequences, truncated = [], False
         for messages, targets in conversations:
-            ids, mask = self._tokens(_passed_on(row) | {"messages": messages})
+            ids, mask = self._tokens(passed_on | {"messages": messages})
             truncated |= len(ids) > self.limit
             fitting = self._fit(ids, mask)
             if fitting is None:
                 return TOO_LONG
             ids, mask = fitting
-            if not (self.prompts_only or self.has_head or mask.any()):
+            if not (self.has_head or mask.any()):
                 return UNTRAINED
             sequences.append(Sequence(token_ids=ids, loss_mask=mask, targets=targets))
+        if self.reads_prompts:
+            ids = self._prompt_tokens(passed_on | {"messages": without_answer(row["messages"])})
+            truncated |= len(ids) > self.limit
+            fitting = self._fit(ids, np.zeros(len(ids), np.float32))
+            if fitting is None:
+                return TOO_LONG
+            sequences.append(Sequence(token_ids=fitting[0], loss_mask=fitting[1]))
         return Row(sequences=tuple(sequences), truncated=truncated)
 
     def conversation(self, row: dict[str, Any]) -> Sequence:
@@ -126,10 +141,10 @@ class Encoder:
         return Sequence(token_ids=ids, loss_mask=mask)
 
     def _conversations(self, row: dict[str, Any]) -> list[tuple[list[dict[str, Any]], tuple[float, ...]]] | str:
-        """The conversations that make a row's sequences, each with its targets; or why the row is left out."""
+        """The conversations that make a row's answered sequences, each with its targets; or why the row is left out."""
         messages = row["messages"]
-        if self.prompts_only:
-            return [(without_answer(messages), ())]
+        if not self.reads_answers:
+            return []
         if self.has_head and self.task not in PAIRED:
             return head_rows(row, self.config)
         if _is_empty(messages):
@@ -147,29 +162,35 @@ class Encoder:
         return [(messages, margin), (rejected, margin)]
 
     def _tokens(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a prompt, and for a head)."""
-        if self.prompts_only or self.has_head:
-            ids = np.array(self._untrained_ids(conversation), np.int32)
+        """Token ids [L] int32 and loss mask [L] float32 (all 0 for a head)."""
+        if self.has_head:
+            ids = np.array(self._text_ids(conversation), np.int32)
             return ids, np.zeros(len(ids), np.float32)
         if self.jinja:
             return self._encode_with_chat_template(conversation)
         return self._encode_with_template(conversation)
 
-    def _untrained_ids(self, conversation: dict[str, Any]) -> list[int]:
-        if not (self.has_head and self.jinja):
+    def _text_ids(self, conversation: dict[str, Any]) -> list[int]:
+        if not self.jinja:
+            self.template.set_mode("train")
             return self.template.encode(conversation)["input_ids"]
         messages = self._with_system(conversation["messages"])
         text = self._render(messages, conversation, add_generation_prompt=messages[-1]["role"] != "assistant")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def _prompt_tokens(self, conversation: dict[str, Any]) -> np.ndarray:
+        """Token ids [L] int32 of a conversation that waits for its answer."""
+        self.template.set_mode("vllm")
+        return np.array(self.template.encode(conversation)["input_ids"], np.int32)
+
     def warnings(self, row: dict[str, Any]) -> Iterator[str]:
         """Warn when ms-swift's template renders this row's prompt otherwise than the tokenizer's own does."""
-        if self.jinja or not self.prompts_only or not self.tokenizer.chat_template:
+        if self.jinja or not self.reads_prompts or not self.tokenizer.chat_template:
             return
         encoded = self.encode(row)
         if isinstance(encoded, str) or encoded.truncated:
             return
-        ids = encoded.sequences[0].token_ids.tolist()
+        ids = encoded.sequences[-1].token_ids.tolist()
         text = self._render(self._with_system(without_answer(row["messages"])), row, add_generation_prompt=True)
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids != own:
@@ -197,6 +218,7 @@ class Encoder:
         return ids, mask
 
     def _encode_with_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        self.template.set_mode("train")
         encoded = self.template.encode(conversation)
         labels = np.array(encoded["labels"])
         mask = (labels != -100).astype(np.float32)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from actors.megatron.optimizer import Training
     from actors.weights.transport import Transport
 
-    # From the outputs of a micro batch (logprobs [T], or what a head gives, [B, K]): its share of the loss of the global batch,
-    # and its share of metrics.
+    # From the outputs of a micro batch (logprobs [T], gkd: where they have a use; or what a head gives, [B, K]): its share of the
+    # loss of the global batch, and its share of metrics.
     Loss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -72,13 +72,15 @@ class Policy(MegatronRank):
         old: list[ObjectRef] | None = None,
         ref: list[ObjectRef] | None = None,
         batch_values: list[ObjectRef] | None = None,
+        teacher: list[ObjectRef] | None = None,
     ) -> dict[str, float] | None:
         """One optimizer step on the shards of all data ranks.
 
-        `old` and `ref` are results of `logprobs`, `batch_values` of `sequence_values`. Metrics are the same on every rank that
-        returns some: those of `loss` (sums over micro batches and data ranks; names that start with max_ are maxima), loss,
-        grad_norm, lr, where there are rollout logprobs their mean and maximal difference from the policy's, and on GPUs the most
-        memory in use on any since the last step. Raises FloatingPointError when the loss or the gradient norm is not finite.
+        `old` and `ref` are results of `logprobs`, `batch_values` of `sequence_values`, `teacher` of `token_logits`. Metrics
+        are the same on every rank that returns some: those of `loss` (sums over micro batches and data ranks; names that start
+        with max_ are maxima), loss, grad_norm, lr, where there are rollout logprobs their mean and maximal difference from the
+        policy's, and on GPUs the most memory in use on any since the last step. Raises FloatingPointError when the loss or the
+        gradient norm is not finite.
         """
         from actors.megatron.metrics import largest_of_ranks
         from actors.megatron.parallel import returns_results
@@ -86,7 +88,7 @@ class Policy(MegatronRank):
         assert self.training.scheduler is not None, "schedule(total_steps) was not called"
         with self.doing(f"train_step {self.step + 1}"):
             self.training.zero_gradients()
-            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, backward=True)
+            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, teacher, backward=True)
             grad_norm, lr = self.training.update()
             self.step += 1
             metrics |= {"grad_norm": grad_norm, "lr": lr}
@@ -105,24 +107,34 @@ class Policy(MegatronRank):
         old: list[ObjectRef] | None = None,
         ref: list[ObjectRef] | None = None,
         batch_values: list[ObjectRef] | None = None,
+        teacher: list[ObjectRef] | None = None,
     ) -> dict[str, float] | None:
         """The metrics that `train_step` would give of these shards' loss, with the weights as they are."""
         from actors.megatron.parallel import returns_results
 
         with self.doing(f"evaluate after step {self.step}"):
-            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, backward=False)
+            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, teacher, backward=False)
             return metrics if returns_results() else None
 
-    def _run(self, batches: list[PackedMicroBatch], loss: Loss, *, backward: bool) -> dict[str, float]:
+    def _run(
+        self, batches: list[PackedMicroBatch], loss: Loss, teacher: list[ObjectRef] | None, *, backward: bool
+    ) -> dict[str, float]:
         """The metrics of the global batch; none but on the last pipeline stage."""
+        from actors.megatron.distillation import Comparison
         from actors.megatron.forward_backward import run_micro_batches
         from actors.megatron.metrics import reduce_metrics, rollout_difference
 
         def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            outputs = self._outputs(logits, micro_batch)
+            if comparison is None:
+                outputs = self._outputs(logits, micro_batch)
+            else:
+                outputs, micro_batch = comparison.compare(logits, micro_batch)
             value, metrics = loss(outputs, micro_batch.batch)
             return value, metrics | {"loss": value.detach()} | rollout_difference(outputs, micro_batch)
 
+        comparison = None
+        if teacher is not None:
+            comparison = Comparison(self.config, teacher, vocab_size=self.model.vocab_size)
         by_micro_batch = run_micro_batches(self.module, batches, output_loss, backward=backward)
         return reduce_metrics(by_micro_batch) if by_micro_batch else {}
 

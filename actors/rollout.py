@@ -43,6 +43,7 @@ ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
+EXCLUDED = -100.0  # added to a logit: vLLM's lowest, and in float32 no probability is left
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completion_length", "stop_words")
 
 
@@ -126,8 +127,8 @@ class RolloutEngine:
         """Sample n responses to each prompt [P] with the weights of `version`; to be called with num_returns = prompts + 1.
 
         `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
-        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` prompts are
-        here; they then start between the same two steps, in the order of their indices, whatever order they arrived in.
+        SAMPLING_OPTIONS), and names "excluded_ids". The token that ends a response is part of it. Nothing starts before
+        `together` prompts are here; they then start between the same two steps, in the order of their indices.
         PushError when the engine does not hold `version`.
         """
         self._require(version)
@@ -217,7 +218,7 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if unknown := set(overrides) - set(SAMPLING_OPTIONS):
+        if unknown := set(overrides) - {*SAMPLING_OPTIONS, "excluded_ids"}:
             raise ValueError(f"unknown sampling options {sorted(unknown)}: known are {', '.join(SAMPLING_OPTIONS)}")
         values = {name: getattr(self.config, name) for name in SAMPLING_OPTIONS} | dict(overrides)
         added = self.tokenizer.get_added_vocab()  # a special token is no text: it stops by its id
@@ -234,6 +235,7 @@ class RolloutEngine:
             stop_token_ids=[added[word] for word in words if word in added] or None,
             include_stop_str_in_output=True,
             detokenize=bool(strings),
+            logit_bias=dict.fromkeys(overrides.get("excluded_ids", ()), EXCLUDED) or None,
             seed=_seed(self.config.seed, index) if self.config.deterministic else None,
             logprobs=None if self.recorded else 0,
             flat_logprobs=True,

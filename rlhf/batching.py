@@ -159,6 +159,32 @@ def group_shards(
     return batches
 
 
+def response_shards(groups: Sequence[Group], config: Config, *, data_size: int) -> list[Shard]:
+    """The shards of one step on all responses of the groups; the loss is the mean over their tokens. Keys count responses."""
+    responses = [(g, item, length) for g, group in enumerate(groups) for item, length in enumerate(group.response_lengths)]
+    trained_tokens = sum(length for _, _, length in responses)
+    units = [
+        [
+            SequenceRef(
+                source=g,
+                item=item,
+                key=key,
+                length=len(groups[g].prompt.token_ids) + length,
+                weight=1 / max(trained_tokens, 1),
+            )
+        ]
+        for key, (g, item, length) in enumerate(responses)
+    ]
+    return make_shards(
+        units,
+        [group.tokens for group in groups],
+        trained_tokens=trained_tokens,
+        data_size=data_size,
+        max_units=None if config.micro_batch_tokens else config.micro_batch_size,
+        max_tokens=config.micro_batch_tokens,
+    )
+
+
 def row_shards(batch: RowBatch, config: Config, *, data_size: int, weigh: Literal["tokens", "rows"]) -> list[Shard]:
     """The shards of one step on dataset rows, a row's sequences side by side in one micro batch.
 

@@ -1,14 +1,14 @@
 """Starts Ray, reserves its resources, and builds the actor groups: the one file of the controller that knows the actors.
 
-A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; frozen models (reference, reward model) share
-the policy's bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
+A policy rank and, in colocate mode, the engines sit on one placement bundle a rank; frozen models (reference, teacher, reward
+model) share the policy's bundles. In server mode each engine has bundles of its own. The data and reward actors take no bundle.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,24 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors import rollout as rollout_actor
-from actors.data import DataWorker
+from actors.data import DatasetInfo, DataWorker
 from actors.frozen import Frozen
 from actors.group import RankGroup
 from actors.policy import Policy
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
 from rlhf.config import Config
-from rlhf.counts import needs_reference, samples
-from rlhf.data import DataFailure, PromptStream, RowStream
+from rlhf.counts import frozen_group, samples, total_steps
+from rlhf.data import DataFailure, PromptedRowStream, PromptStream, RowStream
 from rlhf.devices import find_devices
-from rlhf.fit import check_host, fit, note, warning
+from rlhf.fit import MOST, check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
+from rlhf.model_folder import excess_ids
 from rlhf.model_reward import ModelReward
 from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
+from rlhf.teacher_responses import complete_responses
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {  # what the libraries would print in every actor
@@ -54,12 +56,13 @@ class Roles:
     policy: RankGroup
     data: PromptStream | RowStream
     reference: RankGroup | None = None
+    teacher: RankGroup | None = None
     rollout: RolloutEngines | None = None
     scorer: Scorer | None = None
 
     def timers(self) -> list[Any]:
         """The roles that measure how long they are waited for."""
-        return [role for role in (self.policy, self.reference, self.rollout, self.scorer) if role is not None]
+        return [role for role in (self.policy, self.reference, self.teacher, self.rollout, self.scorer) if role is not None]
 
 
 class Cluster:
@@ -90,36 +93,39 @@ class Cluster:
         if self.started_ray:
             ray.shutdown()
 
-    def build(self) -> Roles:
-        """Create every actor of the task and wait until all are ready. They start side by side."""
+    def build(self, folder: Path) -> Roles:
+        """Create every actor of the task and wait until all are ready. They start side by side.
+
+        With `seq_kd` engines answer the prompts first, by the teacher: `folder` is the run's.
+        """
         config = self.config
         data_worker = self._data_worker()
         dataset = data_worker.setup.remote()
+        if config.seq_kd:
+            self._answer_by_teacher(data_worker, self._answer(dataset, "the data worker's setup"), folder)
         policy = RankGroup("policy", self._ranks(Policy, self.policy_ranks), timeout=config.call_timeout)
-        reference = reward_model = rollout = scorer = None
-        if needs_reference(config):
-            ranks = self._ranks(Frozen, config.reference.nproc or self.policy_ranks)
-            reference = RankGroup("reference", ranks, timeout=config.call_timeout)
+        frozen = self._frozen_ranks()
+        reward_model = rollout = scorer = None
         if config.reward_model is not None:
             ranks = self._ranks(Frozen, self.policy_ranks, role="reward_model")
             reward_model = RankGroup("reward model", ranks, timeout=config.call_timeout)
-        if samples(config):
+        if config.task == "grpo":
             scorer = self.scorer = Scorer(self._reward_worker, config)
-            rollout = self._rollout([ranks for ranks in (policy, reference, reward_model) if ranks is not None])
-        policy.setup()
-        for frozen in (reference, reward_model):
-            if frozen is not None:
-                frozen.setup()
+        groups = [ranks for ranks in (policy, *frozen.values(), reward_model) if ranks is not None]
+        if samples(config):
+            rollout = self._rollout(groups)
+        for ranks in groups:
+            ranks.setup()
         if reward_model is not None:
             scorer.model = ModelReward(reward_model, data_worker, config)
         info = self._answer(dataset, "the data worker's setup")
         print(info.describe())
-        if scorer is not None:
-            rollout.setup()
-            scorer.wait_until_ready()
-        stream = PromptStream if config.task == "grpo" else RowStream
         if rollout is not None:
+            rollout.setup()
             rollout.stop_words += info.end_tokens
+        if scorer is not None:
+            scorer.wait_until_ready()
+        stream = PromptStream if scorer is not None else PromptedRowStream if rollout is not None else RowStream
         ahead = config.dataloader_num_workers > 0
         data = stream(
             data_worker,
@@ -128,7 +134,30 @@ class Cluster:
             ahead=ahead,
             evaluation_rows=info.evaluation_rows,
         )
-        return Roles(policy=policy, data=data, reference=reference, rollout=rollout, scorer=scorer)
+        return Roles(policy=policy, data=data, rollout=rollout, scorer=scorer, **frozen)
+
+    def _answer_by_teacher(self, data_worker: Any, info: DatasetInfo, folder: Path) -> None:
+        """Sample the teacher's responses on the places that its ranks get afterwards."""
+        config = replace(self.config, model=self.config.teacher.model, vllm_gpu_memory_utilization=MOST / 100)
+        count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)
+        engines = RolloutEngines(
+            lambda index: self._teacher_engine(index, config), num_engines=self.policy_ranks, config=config
+        )
+        engines.stop_words += info.end_tokens
+        prompts = PromptStream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
+        generate = partial(engines.generate, sampling={"excluded_ids": excess_ids(config.model, self.config.model)})
+        responses = complete_responses(folder, prompts.batch_at, generate, count=count)
+        self._answer(data_worker.adopt.remote(responses), "adopting the teacher's responses")
+        for engine in engines.engines:
+            ray.kill(engine)
+
+    def _frozen_ranks(self) -> dict[str, RankGroup]:
+        """The group of the reference or teacher that the task has beside the policy, by its role."""
+        name = frozen_group(self.config)
+        if name is None:
+            return {}
+        ranks = self._ranks(Frozen, getattr(self.config, name).nproc or self.policy_ranks, role=name)
+        return {name: RankGroup(name, ranks, timeout=self.config.call_timeout)}
 
     def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
         try:
@@ -232,6 +261,11 @@ class Cluster:
         kind = ray.remote(max_concurrency=1000)(RolloutEngine)
         return self._create(kind, place, index=index, sleeps=self._shares_gpus, env=rollout_actor.ENVIRONMENT)
 
+    def _teacher_engine(self, index: int, config: Config) -> Any:
+        """One with the model folder's weights, on the place of a rank that does not use it yet."""
+        kind, env = ray.remote(max_concurrency=1000)(RolloutEngine), rollout_actor.ENVIRONMENT
+        return self._create(kind, self._on_bundle(index), config=config, env=env, index=index, load_weights=True)
+
     def _reward_worker(self, index: int) -> Any:
         return self._create(ray.remote(RewardWorker), {"num_cpus": 0})
 
@@ -249,9 +283,18 @@ class Cluster:
             options["num_gpus"] = share
         return options
 
-    def _create(self, kind: Any, options: dict[str, Any], env: dict[str, str] | None = None, **arguments: Any) -> Any:
+    def _create(
+        self,
+        kind: Any,
+        options: dict[str, Any],
+        *,
+        config: Config | None = None,
+        env: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> Any:
         threads = {"OMP_NUM_THREADS": str(max(1, int(self.config.cpus_per_rank)))}
-        actor = kind.options(runtime_env={"env_vars": threads | (env or {})}, **options).remote(self.config, **arguments)
+        kind = kind.options(runtime_env={"env_vars": threads | (env or {})}, **options)
+        actor = kind.remote(config or self.config, **arguments)
         self.actors.append(actor)
         return actor
 

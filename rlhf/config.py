@@ -66,10 +66,22 @@ sampled = partial(option, tasks=SAMPLED)
 dpo = partial(option, tasks=("dpo",))
 kto = partial(option, tasks=("kto",))
 seq_cls = partial(option, tasks=("seq_cls",))
+gkd = partial(option, tasks=("gkd",))
 own = partial(option, own=True)
 own_grpo = partial(option, tasks=GRPO, own=True)
 own_sampled = partial(option, tasks=SAMPLED, own=True)
 own_referred = partial(option, tasks=REFERRED, own=True)
+own_gkd = partial(option, tasks=("gkd",), own=True)
+
+
+def reads_prompts(config: Any) -> bool:
+    """Whether rows are read as prompts: some of their answers are sampled."""
+    return config.task == "grpo" or config.task == "gkd" and (config.lmbda > 0 or config.seq_kd)
+
+
+def reads_answers(config: Any) -> bool:
+    """Whether the answers in the rows are trained on."""
+    return config.task != "grpo" and not (config.task == "gkd" and (config.lmbda == 1 or config.seq_kd))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,16 @@ class FrozenRole:
     tensor_model_parallel_size: int | None = own_referred(None, "its TP size (default: the policy's)", least=1)
     pipeline_model_parallel_size: int | None = own_referred(None, "its PP size (default: the policy's)", least=1)
     nproc: int | None = own_referred(None, "its ranks (default: the policy's)", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRole(FrozenRole):
+    """Teacher (teacher.NAME)"""
+
+    model: str | None = own_gkd(None, "its model; --teacher_model is the same option")
+    tensor_model_parallel_size: int | None = own_gkd(None, "its TP size (default: the policy's)", least=1)
+    pipeline_model_parallel_size: int | None = own_gkd(None, "its PP size (default: the policy's)", least=1)
+    nproc: int | None = own_gkd(None, "its ranks (default: the policy's)", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +134,7 @@ class DataOptions:
     dataset: list[str] = option([], "files or hub ids, each with an optional #ROWS")
     max_length: int | None = option(
         None,
-        "longest row, or prompt, in tokens (default: the model's limit; grpo: less max_completion_length)",
+        "longest row, or prompt, in tokens (default: the model's limit; with engines: less max_completion_length)",
         least=1,
     )
     truncation_strategy: Literal["delete", "left", "right"] | None = option(
@@ -223,8 +245,9 @@ class PreferenceOptions:
         tasks=tuple(LOSSES),
     )
     beta: float | None = option(
-        None, "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference "
-        "(default: grpo 0.04, else 0.1)", tasks=REFERRED, least=0,
+        None, "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference"
+        "; gkd: 0 is KL(teacher || student), 1 KL(student || teacher) (default: grpo 0.04, gkd 0.5, else 0.1)",
+        tasks=(*REFERRED, "gkd"), least=0,
     )
     label_smoothing: float = dpo(0.0, "share of pairs whose preference is wrong", least=0, most=0.5)
     reference_free: bool = dpo(False, "no reference model: its logprobs count as 0")
@@ -252,6 +275,16 @@ class HeadOptions:
     center_rewards_coefficient: float | None = option(
         None, "weight of the squared sum of a pair's scores, which keeps them around 0 (default: none)", tasks=("rm",), least=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GkdOptions:
+    """Distillation"""
+
+    lmbda: float = gkd(0.5, "share of steps on the policy's own responses; 0: none, no engines", least=0, most=1)
+    seq_kd: bool = gkd(False, "the other steps take the teacher's responses, sampled once a prompt, not the dataset's")
+    sft_alpha: float = gkd(0.0, "weight of the cross entropy beside the divergence, on those other steps", least=0)
+    gkd_logits_topk: int | None = gkd(None, "compare over the teacher's likeliest tokens only (default: over all)", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +348,7 @@ class SamplingOptions:
     """Sampling and vLLM"""
 
     max_completion_length: int = sampled(512, "longest response, in tokens", least=1)
-    temperature: float = sampled(0.9, "of sampling, and of the logprobs in training", above=0)
+    temperature: float = sampled(0.9, "of sampling, and of the distributions in training", above=0)
     top_p: float = sampled(1.0, "nucleus sampling", above=0, most=1)
     top_k: int = sampled(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
     repetition_penalty: float = sampled(1.0, "of sampling", above=0)
@@ -325,7 +358,7 @@ class SamplingOptions:
         None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
     )
     offload_model: bool | None = sampled(
-        None, "weights of policy and reference wait in host memory while engines generate on their GPUs (default: as needed)"
+        None, "weights wait in host memory while engines generate on their GPUs, a frozen model's too (default: as needed)"
     )
     offload_optimizer: bool | None = sampled(
         None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
@@ -357,12 +390,13 @@ class OutputOptions:
     report_to: list[Literal["tensorboard", "wandb", "none"]] = option(
         ["tensorboard"], "tensorboard, wandb or none, beside metrics.jsonl and report.html"
     )
-    log_completions: bool = grpo(False, "write every response to completions.jsonl")
+    log_completions: bool = sampled(False, "write every response to completions.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, HeadOptions, PreferenceOptions, LoraOptions, OptimizerOptions,
+    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, GkdOptions, HeadOptions, PreferenceOptions, LoraOptions,
+    OptimizerOptions,
     MemoryOptions, BatchOptions, ParallelOptions, DataOptions, ModelOptions,
 ):  # fmt: skip
     """Pass-through"""
@@ -371,5 +405,6 @@ class Config(
     environment: dict[str, str] = field(default_factory=dict)  # ms-swift's variables that the task reads, see rlhf/variables.py
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
+    teacher: TeacherRole = field(default_factory=TeacherRole)
     megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
     vllm: dict[str, Any] = own_sampled({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")

@@ -27,7 +27,7 @@ def data_ranks(config: Config) -> int:
 
 def samples(config: Config) -> bool:
     """Whether the policy's own responses are trained on: there are rollout engines."""
-    return config.task == "grpo"
+    return config.task == "grpo" or config.task == "gkd" and config.lmbda > 0
 
 
 def rollout_engines(config: Config) -> int:
@@ -49,6 +49,16 @@ def compares(config: Config) -> bool:
 def needs_reference(config: Config) -> bool:
     """Whether a frozen reference group runs beside the policy (with LoRA the policy serves, its adapter disabled)."""
     return compares(config) and config.tuner_type == "full"
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether a frozen teacher group runs beside the policy (with LoRA the policy is its own teacher, its adapter disabled)."""
+    return config.task == "gkd" and not (config.tuner_type == "lora" and config.teacher.model == config.model)
+
+
+def frozen_group(config: Config) -> str | None:
+    """The role of the frozen group that runs beside the policy, which is a section of the config too; None without one."""
+    return "reference" if needs_reference(config) else "teacher" if needs_teacher(config) else None
 
 
 def reward_names(config: Config) -> list[str]:

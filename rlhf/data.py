@@ -21,6 +21,8 @@ class RowBatch:
 
     tokens: ray.ObjectRef  # of RowTokens
     summary: RowSummary
+    position: int = 0  # of the first, in the order of the run
+    prompts: ray.ObjectRef | None = None  # of list[Prompt], one a row, where the policy may answer them itself
 
     @property
     def num_rows(self) -> int:
@@ -41,6 +43,12 @@ class RowBatch:
     def trained_tokens(self) -> int:
         """Tokens with a loss of all rows."""
         return sum(self.summary.trained[sequence] for sequence in self.sequences)
+
+    def parts(self, size: int) -> list[RowBatch]:
+        """The same units, `size` at a time."""
+        units = self.summary.units
+        starts = range(0, len(units), size)
+        return [replace(self, summary=replace(self.summary, units=units[start : start + size])) for start in starts]
 
     def only(self, place: int) -> RowBatch:
         """The same rows, each with its sequence number `place` alone."""
@@ -130,6 +138,12 @@ class PromptStream(_Stream):
         """
         return ray.get(self._next(count)[0])
 
+    def batch_at(self, start: int, count: int) -> list[Prompt]:
+        """The prompts at positions start .. start + count - 1; the stream stays where it is."""
+        refs = self._call(start, count)
+        self._wait(refs)
+        return ray.get(refs[0])
+
 
 class RowStream(_Stream):
     """Encoded rows, or packs of rows, in the seeded order of the run."""
@@ -142,11 +156,22 @@ class RowStream(_Stream):
         Raises:
             DataFailure: no answer before the deadline, or the worker died.
         """
-        tokens, summary = self._next(count)
-        return RowBatch(tokens=tokens, summary=ray.get(summary))
+        tokens, *prompts, summary = self._next(count)
+        return RowBatch(
+            tokens=tokens,
+            summary=ray.get(summary),
+            position=self.position - count,
+            prompts=prompts[0] if prompts else None,
+        )
 
     def evaluation_batch(self, count: int) -> RowBatch:
         """The first `count` units of the rows to evaluate on."""
         refs = list(self.worker.rows.remote(0, count, True))
         self._wait(refs)
         return RowBatch(tokens=refs[0], summary=ray.get(refs[1]))
+
+
+class PromptedRowStream(RowStream):
+    """The same with the prompts of the rows; both of one position."""
+
+    method, num_returns = "prompted_rows", 3

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, policy_ranks, samples
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
 from rlhf.memory import (
     ACTIVATIONS,
     ENGINE_RESIDUE,
@@ -36,18 +36,18 @@ DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
 SHORTEST = 256  # tokens: shorter sequences are not proposed
 
 
-def fit(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+def fit(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`config` with the options of DECIDED filled in; `gpu_memory`: bytes of a GPU, None without GPUs. Twice is as once.
 
     Raises ValueError, one line, when a phase of the run cannot fit.
     """
-    text = refusal(config, shape, reference_shape, gpu_memory)
+    text = refusal(config, shape, frozen_shape, gpu_memory)
     if text is not None:
         raise ValueError(text)
-    return complete(config, shape, reference_shape, gpu_memory)
+    return complete(config, shape, frozen_shape, gpu_memory)
 
 
-def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+def complete(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`fit` without the refusal. What is given stays.
 
     First the optimizer's state is offloaded, then the models too, until what the engine needs fits: the share that was given,
@@ -57,9 +57,9 @@ def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | No
         return _filled(config, MOST / 100, optimizer=False, model=False)
     for optimizer, model in ((False, False), (True, False), (True, True)):
         trial = _filled(config, MOST / 100, optimizer=optimizer, model=model)
-        left = _share_left(trial, shape, reference_shape, gpu_memory)
+        left = _share_left(trial, shape, frozen_shape, gpu_memory)
         trial = _filled(config, min(max(left, 0.01), MOST / 100), optimizer=optimizer, model=model)
-        pushes = phases(trial, shape, reference_shape, gpu_memory)["push"] <= gpu_memory
+        pushes = phases(trial, shape, frozen_shape, gpu_memory)["push"] <= gpu_memory
         if config.vllm_gpu_memory_utilization is not None:
             enough = left >= config.vllm_gpu_memory_utilization
         else:
@@ -70,7 +70,7 @@ def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | No
 
 
 def note(
-    config: Config, completed: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+    config: Config, completed: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None
 ) -> str | None:
     """What `complete` decided for shared GPUs, and why; None when it decided nothing."""
     if gpu_memory is None or not shares_gpus(config):
@@ -79,9 +79,9 @@ def note(
     decided = {name: value for name, value in decided.items() if value is not False}
     if not decided:
         return None
-    who = "policy and reference keep" if reference_shape else "the policy keeps"
+    who = f"policy and {frozen_group(config)} keep" if frozen_shape else "the policy keeps"
     text = (
-        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, reference_shape, gpu_memory))} GiB of each GPU's "
+        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
         f"{_gib(gpu_memory)} GiB while the engine generates"
     )
     if set(decided) == {"vllm_gpu_memory_utilization"} or config.vllm_gpu_memory_utilization is not None:
@@ -89,9 +89,9 @@ def note(
     return f"{text}, whose KV cache is to hold {_wanted_responses(config)} responses of {longest_sequence(config):,} tokens"
 
 
-def check_host(config: Config, shape: ModelShape, reference_shape: ModelShape | None, host_memory: int) -> None:
+def check_host(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, host_memory: int) -> None:
     """ValueError when a node has too little host memory (bytes) for what a completed config offloads."""
-    needed = offloaded(config, shape, reference_shape)
+    needed = offloaded(config, shape, frozen_shape)
     if needed > host_memory:
         raise ValueError(
             f"offloading needs about {_gib(needed)} GiB of a node's host memory, there are {_gib(host_memory)}: give "
@@ -99,11 +99,11 @@ def check_host(config: Config, shape: ModelShape, reference_shape: ModelShape | 
         )
 
 
-def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
+def warning(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
     """What does not fit if rows are as long as they may be, and what to change; None when that fits, or is refused."""
-    if gpu_memory is None or refusal(config, shape, reference_shape, gpu_memory):
+    if gpu_memory is None or refusal(config, shape, frozen_shape, gpu_memory):
         return None
-    room = shape, reference_shape, gpu_memory
+    room = shape, frozen_shape, gpu_memory
     problem, _ = _problem(config, *room, longest=True)
     if problem is None:
         return None
@@ -111,13 +111,13 @@ def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | Non
 
 
 def refusal(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None
 ) -> str | None:
     """Why the run cannot fit, and what to change, in one line; None when it fits or there are no GPUs."""
     if gpu_memory is None:
         return None
-    problem, _ = _problem(config, shape, reference_shape, gpu_memory)
-    return f"{problem}; {_advice(config, shape, reference_shape, gpu_memory)}" if problem else None
+    problem, _ = _problem(config, shape, frozen_shape, gpu_memory)
+    return f"{problem}; {_advice(config, shape, frozen_shape, gpu_memory)}" if problem else None
 
 
 def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Config:
@@ -125,15 +125,15 @@ def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Co
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
-def _kept(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> int:
+def _kept(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> int:
     """Bytes that the ranks on one GPU keep while its engine generates."""
-    held = holdings(config, shape, reference_shape, gpu_memory)["generate"]
+    held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
     return sum(held.values()) - held["engine"]
 
 
-def _share_left(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> float:
+def _share_left(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> float:
     """Of the GPU, beside what the ranks keep and the margin, rounded down to 0.01; may be negative."""
-    kept = _kept(config, shape, reference_shape, gpu_memory)
+    kept = _kept(config, shape, frozen_shape, gpu_memory)
     return ((100 - MARGIN) * gpu_memory - 100 * kept) // gpu_memory / 100
 
 
@@ -148,15 +148,15 @@ def _wanted_responses(config: Config) -> int:
 
 
 def _problem(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
 ) -> tuple[str | None, int]:
     """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks.
 
     Micro batches of so many rows count only where all rows are the `longest`: most are shorter.
     """
-    config = complete(config, shape, reference_shape, gpu_memory)
+    config = complete(config, shape, frozen_shape, gpu_memory)
     texts, lacking = [], 0
-    for phase, held in holdings(config, shape, reference_shape, gpu_memory).items():
+    for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items():
         if not (longest or config.micro_batch_tokens or config.packing):
             held = {name: size for name, size in held.items() if not name.startswith(ACTIVATIONS)}
         if (needed := sum(held.values())) > gpu_memory:
@@ -177,14 +177,14 @@ def _problem(
 
 
 def _advice(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
 ) -> str:
     """The changes of one kind that make the run fit; without one, those that bring it nearer."""
-    _, lacking = _problem(config, shape, reference_shape, gpu_memory, longest=longest)
+    _, lacking = _problem(config, shape, frozen_shape, gpu_memory, longest=longest)
     enough, nearer = [], []
-    for kind in _changes(config, shape, reference_shape, gpu_memory):
+    for kind in _changes(config, shape, frozen_shape, gpu_memory):
         trials = [replace(config, **change) for change in kind]
-        lacks = [_problem(trial, shape, reference_shape, gpu_memory, longest=longest)[1] for trial in trials]
+        lacks = [_problem(trial, shape, frozen_shape, gpu_memory, longest=longest)[1] for trial in trials]
         if 0 in lacks:
             enough.append(_words(kind[lacks.index(0)]))
         elif lacks and lacks[0] < lacking:
@@ -197,14 +197,14 @@ def _advice(
 
 
 def _changes(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
 ) -> Iterator[list[dict[str, Any]]]:
     """Changes worth a try, by kind; those of a kind go further one after another."""
     if shares_gpus(config):
         refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
         yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
     if config.vllm_gpu_memory_utilization is not None:
-        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, reference_shape, gpu_memory)
+        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, frozen_shape, gpu_memory)
         yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]
     if config.micro_batch_tokens:
         longest = longest_sequence(config)

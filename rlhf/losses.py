@@ -163,6 +163,25 @@ def kto_loss(
     return (batch.sequence_weights * losses).sum(), metrics
 
 
+def gkd_loss(
+    logprobs: torch.Tensor | None, batch: MicroBatch, *, sft_alpha: float = 0.0
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over the trained tokens of the global batch of their divergence from the teacher, which `batch.divergences` holds.
+
+    With `sft_alpha`, plus so many times their cross entropy, from logprobs [T] with gradient. Generalized knowledge distillation
+    (Agarwal et al. 2024). A token counts once whatever its loss scale. The metric `kl` is KL(teacher || policy), whatever beta.
+    """
+    trained = batch.weights * (batch.loss_mask != 0)
+    loss = (trained * batch.divergences).sum()
+    metrics = {"kl": (trained * batch.teacher_kl).sum()}
+    if sft_alpha:
+        assert logprobs is not None, "sft_alpha needs logprobs"
+        cross_entropy = -(trained * logprobs).sum()
+        metrics |= {"jsd_loss": loss.detach(), "sft_loss": cross_entropy.detach()}
+        loss = loss + sft_alpha * cross_entropy
+    return loss, metrics
+
+
 def logprob_sums(logprobs: torch.Tensor, batch: MicroBatch, *, ld_alpha: float | None = None) -> torch.Tensor:
     """Logprobs of each sequence's trained tokens under the policy and under the reference (0 without one): [T] -> [B, 2].
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.counts import data_ranks, needs_reference, policy_ranks, rollout_engines, row_sequences, samples
+from rlhf.config import Config, reads_prompts
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, rollout_engines, row_sequences, samples
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 
@@ -61,9 +61,9 @@ def policy_memory(config: Config, shape: ModelShape) -> Memory:
     )
 
 
-def reference_memory(config: Config, shape: ModelShape) -> Memory:
-    """A rank of the frozen reference; `shape`: of its own model."""
-    role = config.reference
+def frozen_memory(config: Config, shape: ModelShape) -> Memory:
+    """A rank of the frozen reference or teacher; `shape`: of its own model."""
+    role = getattr(config, frozen_group(config))
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     tokens, size = micro_batch_tokens(config), BYTES[config.torch_dtype]
@@ -103,13 +103,13 @@ def sequence_cache(config: Config, shape: ModelShape) -> int:
 
 def responses_at_a_time(config: Config) -> int:
     """Responses that one engine decodes together, when the prompts are spread evenly."""
-    share = -(-config.generation_batch_size // rollout_engines(config))
+    share = -(-(config.generation_batch_size or config.global_batch_size) // rollout_engines(config))
     return min(share, config.vllm_max_num_seqs or share)
 
 
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest row, or prompt with response."""
-    if not samples(config):
+    if not reads_prompts(config):
         return config.max_length or 0
     return config.vllm_max_model_len or (config.max_length or 0) + config.max_completion_length
 
@@ -167,9 +167,21 @@ def _loss_bytes(config: Config) -> int:
     """Bytes that torch reserves for each logit at the loss, measured on an H200 in bfloat16.
 
     The logits in bfloat16, then in float32, which become the softmax and its gradient, and the blocks that are free by then; the
-    fused loss is compiled and does not write in place.
+    fused loss is compiled and does not write in place. gkd, not measured: the logits and those of trained tokens, the gradient
+    of both, the teacher's (but for its top k); and another copy for the cross entropy of sampled tokens, or with `sft_alpha`.
     """
-    return 14 if config.cross_entropy_loss_fusion else 11
+    cross_entropy = 14 if config.cross_entropy_loss_fusion else 11
+    if config.task != "gkd":
+        return cross_entropy
+    copies = BYTES[config.torch_dtype] * (4 if config.gkd_logits_topk else 5)
+    return copies + (cross_entropy if samples(config) or config.sft_alpha else 0)
+
+
+def stored_logits(config: Config, shape: ModelShape) -> int:
+    """Bytes that the teacher's logits for a trained token take in Ray's object store, until the step is done."""
+    if config.gkd_logits_topk:
+        return 8 * config.gkd_logits_topk  # ids int32, logits float32
+    return shape.vocab_size * BYTES[config.torch_dtype]
 
 
 def _outputs(config: Config, shape: ModelShape) -> int:
@@ -191,13 +203,14 @@ def shares_gpus(config: Config) -> bool:
 
 
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
-    """The policy's, and the frozen reference's (None without one), of a config whose models are local folders."""
-    shape = read_shape(Path(config.model))
+    """The policy's, and the frozen reference's or teacher's (None without one), of a config whose models are local folders."""
+    shape, name = read_shape(Path(config.model)), frozen_group(config)
     if head_of(config).kind in ("seq_cls", "embedding"):
         shape = _without_output(shape)
-    if not needs_reference(config):
+    if name is None:
         return shape, None
-    return shape, read_shape(Path(config.reference.model)) if config.reference.model else shape
+    folder = getattr(config, name).model
+    return shape, read_shape(Path(folder)) if folder else shape
 
 
 def _without_output(shape: ModelShape) -> ModelShape:
@@ -205,23 +218,23 @@ def _without_output(shape: ModelShape) -> ModelShape:
     return replace(shape, tied_embeddings=True)
 
 
-def phases(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
+def phases(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
     """Predicted peak of each phase on the fullest GPU, in bytes: of a config that `rlhf.fit` has completed."""
-    return {phase: sum(held.values()) for phase, held in holdings(config, shape, reference_shape, gpu_memory).items()}
+    return {phase: sum(held.values()) for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items()}
 
 
 def holdings(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
 ) -> dict[str, dict[str, int]]:
-    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a reference rank and an engine, where they share one.
+    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
 
-    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. sft has "train" alone.
+    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
+    there is "train" alone.
     """
     policy = policy_memory(config, shape)
-    reference = reference_memory(config, reference_shape) if reference_shape else None
-    reward_model = reward_model_memory(config)
-    frozen = {"reference weights": reference, "reward model weights": reward_model}
-    frozen = {name: memory for name, memory in frozen.items() if memory is not None}
+    beside = {f"{frozen_group(config)} weights": frozen_memory(config, frozen_shape) if frozen_shape else None}
+    beside["reward model weights"] = reward_model_memory(config)
+    frozen = {name: memory for name, memory in beside.items() if memory is not None}
     ranks = {
         "contexts": RANK_CONTEXT * (1 + len(frozen)),
         "policy weights": policy.weights,
@@ -241,22 +254,22 @@ def holdings(
         return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
     asleep = {"sleeping engine": ENGINE_RESIDUE}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
-    frozen_weights = set(frozen) if config.offload_model else set()
-    policy_weights = {"policy weights"} if config.offload_model else set()
+    frozen_away = set(frozen) if config.offload_model else set()
+    policy_away = {"policy weights"} if config.offload_model else set()
     loaded = {"engine weights": engine_memory(config, shape).weights}
     return {
         "train": train | asleep,
-        "push": _without(ranks, optimizer | frozen_weights) | asleep | loaded | buffers,
-        "generate": _without(ranks, optimizer | frozen_weights | policy_weights) | engine,
+        "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
+        "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,
     }
 
 
-def offloaded(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> int:
+def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> int:
     """Bytes of one node's host memory that what is offloaded takes, of a completed config."""
     policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
     size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
-    if reference_shape and config.offload_model:
-        size += reference_memory(config, reference_shape).weights
+    if frozen_shape and config.offload_model:
+        size += frozen_memory(config, frozen_shape).weights
     if config.reward_model is not None and config.offload_model:
         size += reward_model_memory(config).weights
     return ranks * size

@@ -32,6 +32,7 @@ PHASE_OF_METHOD = {
     "generate": "generate",
     "score": "score",
     "logprobs": "logprobs",
+    "token_logits": "logprobs",
     "sequence_values": "logprobs",
     "train_step": "train",
     "evaluate": "evaluate",

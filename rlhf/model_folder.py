@@ -95,9 +95,10 @@ class ModelShape:
 
 
 def local_model(name: str, *, use_hf: bool, weights: bool = True, option: str = "model") -> Path:
-    """The folder of a model: `name` itself, or the local copy of the hub id that it is; `option` has named it.
+    """The folder of a model: `name` itself, or the local copy of the hub id that it is.
 
-    A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError.
+    A hub id is downloaded when the hub's cache lacks it (`weights` false: its JSON files alone). Raises ValueError,
+    which calls it by the name of its `option`.
     """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
@@ -169,6 +170,12 @@ def read_shape(folder: Path) -> ModelShape:
         ) from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json is broken: {error}") from None
+
+
+def excess_ids(folder: str, other: str) -> range:
+    """Token ids that the model in `folder` has beyond those of `other`: padding, when they share a tokenizer."""
+    own, less = (read_shape(Path(name)).vocab_size for name in (folder, other))
+    return range(less, max(own, less))
 
 
 def check_files(folder: Path) -> None:

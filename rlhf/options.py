@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import Config, FrozenRole, RolloutRole, Task
+from rlhf.config import Config, FrozenRole, RolloutRole, Task, TeacherRole
 from rlhf.devices import find_devices
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
@@ -22,9 +22,10 @@ from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from rlhf.validation import check_parsed, validate
 from rlhf.variables import read_environment
 
-ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
+ROLES = {"rollout": RolloutRole, "reference": FrozenRole, "teacher": TeacherRole}
+FROZEN = ("reference", "teacher")
 PASS_THROUGH = ("megatron", "vllm")
-ALIASES = {"ref_model": "reference.model"}
+ALIASES = {"ref_model": "reference.model", "teacher_model": "teacher.model"}
 LATER = ("export", "infer", "eval", "rollout")
 # The first word of a command, the option that then names the task (its default first), and the task of each value.
 COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
@@ -85,16 +86,16 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     """
     config = parse(argv)
     check_parsed(config)
-    reference = config.reference
-    if reference.model is not None:
-        folder = local_model(reference.model, use_hf=config.use_hf, weights=weights, option="reference.model")
-        reference = replace(reference, model=str(folder))
+    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
+    config = replace(config, model=str(folder), environment=read_environment(config.task))
+    for name in FROZEN:
+        role = getattr(config, name)
+        if role.model is not None:
+            local = local_model(role.model, use_hf=config.use_hf, weights=weights, option=f"{name}.model")
+            config = replace(config, **{name: replace(role, model=str(local))})
     if config.reward_model is not None:
         reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights, option="reward_model")
         config = replace(config, reward_model=str(reward_model))
-    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
-    config = replace(config, model=str(folder), reference=reference)
-    config = replace(config, environment=read_environment(config.task))
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
@@ -168,7 +169,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections `rollout:`, `reference:`, `megatron:`, `vllm:` as dotted names."""
+    """Sections `rollout:`, `reference:`, `teacher:`, `megatron:`, `vllm:` as dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")

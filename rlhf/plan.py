@@ -6,24 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import PAIRED, Config
-from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, samples, total_steps
+from rlhf.counts import data_ranks, frozen_group, model_ranks, policy_ranks, rollout_engines, samples, total_steps
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
     GIB,
     Memory,
     engine_memory,
+    frozen_memory,
     longest_sequence,
     micro_batch_tokens,
     offloaded,
     phases,
     policy_memory,
-    reference_memory,
     responses_at_a_time,
     reward_model_memory,
     shapes,
+    stored_logits,
 )
-from rlhf.model_folder import ModelShape
+from rlhf.model_folder import ModelShape, read_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,10 @@ def print_plan(config: Config) -> int:
 
 def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
     """The arithmetic of a resolved config. `dataset_rows`: None when unknown."""
-    shape, reference_shape = shapes(config)
+    shape, frozen_shape = shapes(config)
     copies = data_ranks(config)
-    roles = _roles(config, shape, reference_shape)
-    room = shape, reference_shape, devices.memory if devices.gpus else None
+    roles = _roles(config, shape, frozen_shape)
+    room = shape, frozen_shape, devices.memory if devices.gpus else None
     completed = complete(config, *room)
     if devices.gpus:
         peaks = phases(completed, *room)
@@ -86,20 +87,21 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         rows=dataset_rows,
         roles=tuple(roles),
         peaks=peaks,
-        offloaded=offloaded(completed, shape, reference_shape) if devices.gpus else 0,
+        offloaded=offloaded(completed, shape, frozen_shape) if devices.gpus else 0,
         notes=tuple(filter(None, [note(config, completed, *room), warning(config, *room)])),
         refusal=refusal(config, *room),
         devices=devices,
     )
 
 
-def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> list[Role]:
+def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> list[Role]:
     ranks = policy_ranks(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
-    if reference_shape is not None:
-        count = config.reference.nproc or ranks
+    if frozen_shape is not None:
+        name = frozen_group(config)
+        count = getattr(config, name).nproc or ranks
         place = f"with the policy, {_bundles(0, min(count, ranks))}"
-        roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, reference_shape)))
+        roles.append(Role(name=name, count=count, place=place, memory=frozen_memory(config, frozen_shape)))
     if config.reward_model is not None:
         place = f"with the policy, {_bundles(0, ranks)}"
         roles.append(Role(name="reward model", count=ranks, place=place, memory=reward_model_memory(config)))
@@ -109,8 +111,9 @@ def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None
     shared = config.vllm_mode == "colocate"
     place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
     roles.append(Role(name="rollout", count=engines, place=place, memory=engine_memory(config, shape)))
-    rewards = Role(name="reward", count=config.reward_workers, place="any node")
-    return [*roles, rewards, Role(name="data", count=1, place="driver's node")]
+    if config.task == "grpo":
+        roles.append(Role(name="reward", count=config.reward_workers, place="any node"))
+    return [*roles, Role(name="data", count=1, place="driver's node")]
 
 
 def _bundles(first: int, count: int) -> str:
@@ -159,6 +162,8 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
             f"global batch {batch} {unit} / DP {made.data_size} / micro batch {config.micro_batch_size} = "
             f"{made.micro_batches} micro batches a rank and step"
         )
+    if config.task == "gkd":
+        lines += _distillation_lines(config)
     if made.prompts is not None:
         updates = config.steps_per_generation * config.num_iterations
         lines.append(
@@ -176,6 +181,13 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
         f"{config.num_train_epochs} epochs of {rows} rows" if config.num_train_epochs else f"train_iters, {rows} rows"
     )
     return [*lines, f"optimizer steps: {steps} ({length}); a checkpoint every {config.save_steps}"]
+
+
+def _distillation_lines(config: Config) -> list[str]:
+    other = "the teacher's own" if config.seq_kd else "the dataset's"
+    share = f"{config.lmbda:.0%} of the steps on the policy's own responses, the others on {other}"
+    each = stored_logits(config, read_shape(Path(config.teacher.model)))
+    return [share, f"teacher's logits: {each:,} bytes a trained token in Ray's object store, until the end of its step"]
 
 
 def _place_lines(config: Config, made: Plan) -> list[str]:
@@ -201,7 +213,7 @@ def _memory_lines(config: Config, made: Plan) -> list[str]:
     ]
     tokens = micro_batch_tokens(config)
     notes = [f"  activations: micro batches of {tokens:,} tokens, recompute {config.recompute_granularity}"]
-    if config.task == "grpo":
+    if samples(config):
         at_a_time, longest = responses_at_a_time(config), longest_sequence(config)
         notes.append(f"  kv_cache: {at_a_time} responses at a time, each of {longest:,} tokens")
     return [head, *rows, *notes, *_peak_lines(made)]

@@ -126,7 +126,19 @@ class MicroBatch:
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
+    divergences: torch.Tensor | None = None  # [T] float32, with gradient: from the teacher, of each trained token
+    teacher_kl: torch.Tensor | None = None  # [T] float32: KL(teacher || policy) of each trained token
     batch_values: torch.Tensor | None = None  # [S, ...] float32 by key: what `sequence_values` gave for the whole global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogits:
+    """A teacher's logits at the N trained tokens of a sequence: a tensor rank's C columns, or those of the K likeliest tokens."""
+
+    values: np.ndarray  # [N, C] in the model's dtype (bfloat16: its bits as int16), or [N, K] float32
+    first_column: int  # token id of the first column
+    vocab_size: int  # that both models have: columns from there on count on neither side
+    ids: np.ndarray | None = None  # [N, K] int32
 
 
 @dataclass(frozen=True, kw_only=True)

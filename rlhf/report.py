@@ -24,7 +24,7 @@ SHOWN_PROMPTS = 4
 SHOWN_RESPONSES = 2
 MAIN_OPTIONS = (
     "model", "dataset", "reward_funcs", "train_iters", "global_batch_size", "num_generations", "max_completion_length",
-    "max_length", "lr", "beta", "temperature", "tuner_type", "torch_dtype", "tensor_model_parallel_size",
+    "max_length", "lr", "beta", "teacher", "lmbda", "temperature", "tuner_type", "torch_dtype", "tensor_model_parallel_size",
     "pipeline_model_parallel_size", "vllm_mode", "seed",
 )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
     names = {
         "reward": "Reward",
         "loss": "Loss",
-        "kl": "KL to reference",
+        "kl": f"KL {_compared(rows)}",
         "response_length": "Response length, tokens",
         "rollout_train_logprob_diff": "Rollout–train logprob difference",
         "tokens_per_second": "Tokens per second",
@@ -105,6 +105,11 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
     count = min(FINAL_STEPS, len(rows))
     note = f'<p class="note">Large: mean of the last {count} steps.</p>' if count > 1 else ""
     return f'<dl class="tiles">{"".join(tiles)}</dl>{note}'
+
+
+def _compared(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the metric `kl` compares: distillation goes from the teacher to the policy."""
+    return "from the teacher" if "on_policy" in rows[0] else "to the reference"
 
 
 def _tile(label: str, first: float | None, last: float) -> str:
@@ -133,7 +138,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
     figures = [
         one("Reward", "mean per step; band: ± reward_std, the spread within a group", "reward", 1, "reward_std"),
         lines("Reward by function", "mean before weighting", *by_function) if len(functions) > 1 else "",
-        one("KL to the reference", "nats per token", "kl", 2),
+        one(f"KL {_compared(rows)}", "nats per token", "kl", 2),
         one("Response length", "tokens", "response_length", 3),
         one("Responses cut off", "share that reached max_completion_length", "cut_off", 3),
         one("Groups without signal", "share whose rewards are all equal", "groups_without_signal", 5),
@@ -255,7 +260,8 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 def _response(row: Mapping[str, Any]) -> str:
     by_function = row["by_function"] if len(row["by_function"]) > 1 else {}
-    parts = [f"reward {number(row['reward'])}", *(f"{escape(k)} {number(v)}" for k, v in by_function.items())]
+    reward = [f"reward {number(row['reward'])}"] if row["by_function"] else []
+    parts = [*reward, *(f"{escape(k)} {number(v)}" for k, v in by_function.items())]
     if row["finish_reason"] == "length":
         parts.append("cut at the length limit")
     return f'<pre class="response">{escape(row["response"])}</pre><p class="score">{" · ".join(parts)}</p>'

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import LOSSES, Config
+from rlhf.config import LOSSES, Config, reads_answers, reads_prompts
 from rlhf.counts import samples
 from rlhf.model_folder import ModelShape
 
@@ -46,11 +46,13 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
 
 
 def _resolve_rows(config: Config, limit: int | None) -> Config:
+    if reads_prompts(config):
+        config = _resolve_lengths(config, limit)
     max_length = config.max_length or limit
     return replace(
         config,
         max_length=max_length,
-        truncation_strategy=config.truncation_strategy or "delete",
+        truncation_strategy=config.truncation_strategy or ("delete" if reads_answers(config) else "left"),
         loss_scale=config.loss_scale or {"pt": "all", **dict.fromkeys(PREFERENCES, "last_round")}.get(config.task, "default"),
         loss_type=config.loss_type or LOSSES.get(config.task, (None,))[0],
         beta=_or(config.beta, 0.5 if config.task == "gkd" else 0.1),
@@ -72,16 +74,11 @@ def _resolve_labels(config: Config, shape: ModelShape | None) -> Config:
 
 
 def _resolve_grpo(config: Config, limit: int | None) -> Config:
-    """`limit`: tokens the model takes. The longest prompt leaves room for the longest response."""
-    room = config.vllm_max_model_len or limit
-    max_length = config.max_length or (max(room - config.max_completion_length, 1) if room else None)
-    longest = max_length + config.max_completion_length if max_length else None
+    config = _resolve_lengths(config, limit)
     scale, kl_in_reward = BY_ESTIMATOR[config.advantage_estimator]
     steps, responses = _generation_batch(config)
     return replace(
         config,
-        max_length=max_length,
-        vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
         truncation_strategy=config.truncation_strategy or "left",
         loss_type=config.loss_type or LOSSES["grpo"][0],
         beta=_or(config.beta, 0.04),
@@ -93,6 +90,18 @@ def _resolve_grpo(config: Config, limit: int | None) -> Config:
         cosine_max_len=config.cosine_max_len or config.max_completion_length,
         soft_max_length=config.soft_max_length or config.max_completion_length,
         external_plugins=[str(Path(name).expanduser().absolute()) for name in config.external_plugins],
+    )
+
+
+def _resolve_lengths(config: Config, limit: int | None) -> Config:
+    """`limit`: tokens the model takes. The longest prompt leaves room for the longest response."""
+    room = config.vllm_max_model_len or limit
+    max_length = config.max_length or (max(room - config.max_completion_length, 1) if room else None)
+    longest = max_length + config.max_completion_length if max_length else None
+    return replace(
+        config,
+        max_length=max_length,
+        vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
     )
 
 

@@ -105,8 +105,8 @@ class RolloutEngines:
         """n responses to every prompt with the current weights; a group comes out when it is complete.
 
         `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length and
-        stop_words. With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at
-        once and in order. Engines that made room since the last push get the weights again.
+        stop_words; its `excluded_ids` are never sampled. With `deterministic`, prompts are dealt out instead of pulled, and
+        each engine starts its share at once and in order. Engines that made room since the last push get the weights again.
         """
         if self.asleep and self.policy is not None:
             self.push(self.policy)

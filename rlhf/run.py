@@ -71,6 +71,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
     from rlhf.classification import train_classification
     from rlhf.dpo import train_dpo
     from rlhf.embedding import train_embedding
+    from rlhf.gkd import train_gkd
     from rlhf.grpo import train_grpo
     from rlhf.kto import train_kto
     from rlhf.metrics import RunLog
@@ -84,13 +85,14 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         "dpo": train_dpo,
         "kto": train_kto,
         "rm": train_reward_model,
+        "gkd": train_gkd,
         "grpo": train_grpo,
         "seq_cls": train_classification,
         "embedding": train_embedding,
         "reranker": train_reranker,
         "generative_reranker": train_reranker,
     }
-    config, roles = cluster.config, cluster.build()
+    config, roles = cluster.config, cluster.build(folder)
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
     if roles.scorer is not None:
@@ -108,7 +110,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         roles.data.position = resumed.state["position"]
         roles.policy.on_all("load", str(resumed.folder))
         if roles.rollout is not None:
-            roles.rollout.version = resumed.state["weight_version"]
+            roles.rollout.version = resumed.state.get("weight_version", 0)  # none when it was saved without engines
     record = RunLog(
         folder, config, total_steps=total, timers=roles.timers(), constants=cluster.predicted, resume=resumed
     )

@@ -15,7 +15,7 @@ from rlhf.config import Config
 from rlhf.counts import compares
 from rlhf.data import RowBatch
 from rlhf.metrics import RunLog
-from rlhf.records import Shard
+from rlhf.records import Group, Score, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,34 @@ class Update:
     loss: Callable[..., Any]
     ref: list[ray.ObjectRef] | None = None  # the reference's logprobs
     batch_values: list[ray.ObjectRef] | None = None  # of every sequence of the global batch
+    teacher: list[ray.ObjectRef] | None = None  # the teacher's logits
     metrics: dict[str, float] = field(default_factory=dict)  # what is known beside those of the loss
+    sampled: list[tuple[Group, Score]] | None = None  # the responses, when they are not the rows'
 
     def run(self, method: str, roles: Roles) -> dict[str, float]:
         """The metrics of `train_step` or `evaluate`."""
-        arguments = self.shards, self.loss, None, self.ref, self.batch_values
+        arguments = self.shards, self.loss, None, self.ref, self.batch_values, self.teacher
         return roles.policy.on_shards(method, *arguments)[0] | self.metrics
 
 
-Prepare = Callable[[RowBatch, bool], Update]  # of a batch, to train on it or to evaluate
+@dataclass(frozen=True, kw_only=True)
+class InParts:
+    """Held-out rows that are prepared and evaluated one part after another; every metric is a mean over trained tokens."""
+
+    parts: list[RowBatch]
+    prepare: Callable[[RowBatch], Update]
+
+    def run(self, method: str, roles: Roles) -> dict[str, float]:
+        """The metrics of all parts together."""
+        total = sum(part.trained_tokens for part in self.parts)
+        metrics: dict[str, float] = {}
+        for part in self.parts:
+            for name, value in self.prepare(part).run(method, roles).items():
+                metrics[name] = metrics.get(name, 0.0) + value * part.trained_tokens / total
+        return metrics
+
+
+Prepare = Callable[[RowBatch, bool], Any]  # of a batch, to train on it or to evaluate: an Update, or InParts
 
 
 def train_on_rows(
@@ -56,11 +75,17 @@ def train_on_rows(
         evaluate(config, roles, prepare, log, step=0)
     for step in range(start + 1, total + 1):
         batch = roles.data.next_batch(config.global_batch_size)
-        metrics = prepare(batch, True).run("train_step", roles)
-        log.step(step, metrics | {"tokens": batch.num_tokens, "epoch": roles.data.epoch})
+        train(roles, prepare, batch, log, step)
         if step % config.eval_steps == 0 or step == total:
             evaluate(config, roles, prepare, log, step=step)
         checkpoints.save_if_due(step, roles.policy, roles.data.state() | state())
+
+
+def train(roles: Roles, prepare: Prepare, batch: RowBatch, log: RunLog, step: int) -> None:
+    """Update and log. What the update refers to ends here: the next step's logits of a teacher need its room."""
+    update = prepare(batch, True)
+    metrics = {"tokens": batch.num_tokens} | update.run("train_step", roles) | {"epoch": roles.data.epoch}
+    log.step(step, metrics, update.sampled)
 
 
 def evaluate(config: Config, roles: Roles, prepare: Prepare, log: RunLog, *, step: int) -> None:

@@ -102,9 +102,9 @@ _REASONS: dict[str, str] = {
         trainable_parameters_regex target_regex modules_to_save lora_bias=none lora_dtype use_rslora=false
         tuner_backend=peft use_swift_lora=false""",
     "the loss type says whether there is a KL term: use --loss_type kto or apo_zero_unpaired": "calculate_KL",
-    "teachers (rlhf_type gkd) are not supported yet": """
-        teacher_model teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key gkd_logits_topk
-        lmbda seq_kd=false sft_alpha=0 teacher_kl_coef=1""",
+    "the teacher is one model that the run itself loads, of the architecture that its folder says": """
+        teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key""",
+    "teachers are for rlhf_type gkd": "teacher_kl_coef=1",
     "loss types sapo, real and fipo are not supported yet": """
         tau_pos=1 tau_neg=1.05 real_tau=0.5 fipo_decay_rate fipo_clip_range fipo_clip_high_only
         fipo_safety_threshold""",

@@ -13,13 +13,14 @@ from rlhf.config import LOSSES, Config
 from rlhf.counts import (
     compares,
     data_ranks,
+    frozen_group,
     model_ranks,
-    needs_reference,
     policy_ranks,
     reward_names,
     rollout_engines,
     samples,
 )
+from rlhf.distillation_check import check_distillation
 from rlhf.engine_options import check_engine_options
 from rlhf.head_check import check_head, check_reward_model
 from rlhf.model_folder import ModelShape, check_files, read_shape
@@ -30,10 +31,10 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.task == "gkd":
-        raise ValueError("rlhf_type gkd is not supported yet; there are dpo, kto, rm and grpo")
     if config.model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
+    if config.task == "gkd" and config.teacher.model is None:
+        raise ValueError("--teacher_model is missing: the folder or hub id of the model to learn from")
     if not config.dataset:
         raise ValueError("--dataset is missing: files (.jsonl) or hub ids")
     if config.train_iters is None and config.num_train_epochs is None:
@@ -66,11 +67,14 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     _check_lora(config)
     if config.task == "grpo":
         _check_grpo(config)
+    if config.task == "gkd":
+        check_distillation(config, shape)
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
     check_head(config, shape)
-    _check_reference(config)
+    for name in ("reference", "teacher"):
+        _check_frozen(config, name)
     if config.reward_model is not None:
         reward_shape = check_reward_model(config, weights=weights)
         check_layout(
@@ -194,8 +198,6 @@ def _check_grpo(config: Config) -> None:
         raise ValueError(f"{len(config.reward_weights)} reward_weights for {rewards}")
     if config.num_generations < 2:
         raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
-    if config.truncation_strategy == "right":
-        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if "soft_overlong" in config.reward_funcs:
         if config.soft_cache_length is None:
             raise ValueError("reward soft_overlong needs --soft_cache_length")
@@ -213,6 +215,8 @@ def _check_grpo(config: Config) -> None:
 
 
 def _check_rollout(config: Config, shape: ModelShape) -> None:
+    if config.truncation_strategy == "right":
+        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if config.vllm_tensor_parallel_size > 1:
         raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
     if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
@@ -249,25 +253,29 @@ def _check_loss(config: Config) -> None:
         raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
 
 
-def _check_reference(config: Config) -> None:
-    role = config.reference
-    given = [name for name, value in vars(role).items() if value is not None]
-    if given and not needs_reference(config):
-        lora = "with LoRA the policy itself is the reference, its adapter disabled"
-        why = lora if compares(config) else "the loss compares with no reference"
-        raise ValueError(f"--reference.{given[0]} has nothing to act on: {why}")
+def _check_frozen(config: Config, name: str) -> None:
+    """`name`: reference or teacher."""
+    role = getattr(config, name)
+    given = [option for option, value in vars(role).items() if value is not None]
+    if frozen_group(config) != name:
+        idle = given if name == "reference" else given[1:]  # that the teacher is the policy itself, its model says
+        if idle:
+            lora = f"with LoRA the policy itself is the {name}, its adapter disabled"
+            why = lora if config.task == "gkd" or compares(config) else "the loss compares with no reference"
+            raise ValueError(f"--{name}.{idle[0]} has nothing to act on: {why}")
+        return
     if not given:
         return
     folder = Path(role.model).expanduser() if role.model else Path(config.model)
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
-    check_layout(read_shape(folder), tensor, pipeline, "reference.")
+    check_layout(read_shape(folder), tensor, pipeline, f"{name}.")
     ranks = role.nproc or policy_ranks(config)
     if ranks > policy_ranks(config):
-        raise ValueError(f"reference.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
+        raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
     if ranks % (tensor * pipeline):
         raise ValueError(
-            f"reference: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
+            f"{name}: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
         )
 
 

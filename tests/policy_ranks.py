@@ -69,6 +69,10 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "num_labels": None,
         "problem_type": None,
         "reference": role,
+        "teacher": role,
+        "beta": 0.5,
+        "sft_alpha": 0.0,
+        "gkd_logits_topk": None,
     }
     unknown = set(options) - set(defaults)
     assert not unknown, unknown
@@ -78,12 +82,13 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
 class PolicyHost:
     """A process that holds one rank after another."""
 
-    def start(self, config: Any, rank: int, world_size: int, frozen: bool = False) -> None:
+    def start(self, config: Any, rank: int, world_size: int, frozen: str | None = None) -> None:
         from actors.frozen import Frozen
         from actors.policy import Policy
 
         self.stop()
-        self.held = (Frozen if frozen else Policy)(config, rank=rank, world_size=world_size)
+        place = {"rank": rank, "world_size": world_size}
+        self.held = Frozen(config, role=frozen, **place) if frozen else Policy(config, **place)
 
     def stop(self) -> None:
         import sys
@@ -131,7 +136,8 @@ class Hosts:
 
     actors: list[Any]
 
-    def start(self, config: Any, size: int, *, frozen: bool = False) -> Group:
+    def start(self, config: Any, size: int, *, frozen: str | None = None) -> Group:
+        """`frozen`: the role of ranks that only score, reference or teacher."""
         import ray
 
         used = self.actors[:size]

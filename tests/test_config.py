@@ -45,7 +45,8 @@ MS_SWIFT = {
     "log_completions": False, "label_smoothing": 0, "reference_free": False, "rpo_alpha": None,
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
-    "center_rewards_coefficient": None, "reward_model": None,
+    "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
+    "gkd_logits_topk": None,
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
@@ -83,7 +84,8 @@ def test_defaults_are_ms_swifts():
     config = Config()
     assert {name: getattr(config, name) for name in MS_SWIFT} == MS_SWIFT
     assert {name: getattr(config, name) for name in OURS} == OURS
-    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, "task", "environment", "rollout", "reference"}
+    rest = {"task", "environment", "rollout", "reference", "teacher"}
+    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, *rest}
 
 
 def test_defaults_are_those_in_the_installed_ms_swift():
@@ -258,7 +260,8 @@ def test_a_submitted_job_keeps_its_output_outside_the_copied_folder(monkeypatch)
 def test_help_lists_the_options_of_a_task_with_their_defaults():
     grpo, sft, dpo = help_text("grpo"), help_text("sft"), help_of(["rlhf", "--help"])
     assert "--num_generations INT" in grpo and "--num_generations" not in sft
-    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo and "--label_smoothing" in dpo and "--label_smoothing" not in grpo
+    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo
+    assert "--label_smoothing" in dpo and "--label_smoothing" not in grpo
     assert "  --global_batch_size INT" in sft and "[16]" in next(
         line for line in sft.splitlines() if "--global_batch_size INT" in line
     )

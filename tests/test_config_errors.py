@@ -53,7 +53,7 @@ def test_the_base_of_these_commands_is_accepted():
         ("rlhf --megatron 2", "--megatron is a section: write --megatron.NAME VALUE"),
         ("sft --num_generations 4", "--num_generations is not used by sft; it belongs to grpo"),
         ("sft --vllm.block_size 4", "--vllm is not used by sft; it belongs to grpo, gkd"),
-        ("rlhf --rlhf_type grpo --packing true", "--packing is not used by grpo; it belongs to pt, sft, dpo, kto, rm, gkd"),
+        ("rlhf --rlhf_type grpo --packing true", "--packing is not used by grpo; it belongs to pt, sft, dpo, kto, gkd"),
         ("rlhf --lr fast", "--lr takes a number, not 'fast'"),
         ("rlhf --lr nan", "--lr takes a number, not 'nan'"),
         ("rlhf --lr", "--lr takes one value, got none"),
@@ -69,7 +69,7 @@ def test_the_base_of_these_commands_is_accepted():
         ("rlhf --rlhf_type grpo --top_p 1.5", "--top_p must be at most 1, not 1.5"),
         ("rlhf --context_parallel_size 2", "option --context_parallel_size is known but not supported (only 1 is): context parallelism is not supported yet"),
         ("rlhf --padding_free false", "option --padding_free is known but not supported (only true is): rows are always packed without padding"),
-        ("rlhf --teacher_model x", "option --teacher_model is known but not supported: teachers (rlhf_type gkd) are not supported yet"),
+        ("rlhf --teacher_model x", "--teacher.model is not used by dpo; it belongs to gkd"),
         ("rlhf --offload_bridge true", "option --offload_bridge is known but not supported (only false is): this kind of offloading is not supported yet"),
         ("rlhf --config", "--config needs a file: --config FILE.yaml"),
         ("rlhf --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
@@ -138,7 +138,7 @@ def test_settings_that_cannot_work(words, message):
         ("sft --model m --dataset d --train_iters 1 --packing_length 9", "--packing_length needs --packing true"),
         ("sft --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --packing_length 9 --max_length 10", "packing_length 9 is less than max_length 10: a row must fit"),
-        ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"),
+        ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name; or --reward_model"),
     ],
 )  # fmt: skip
 def test_what_is_missing(words, message):
@@ -161,7 +161,7 @@ def test_broken_model_folders(folder):
     for key, value, message in (
         ("num_experts", 8, "qwen3 is a mixture-of-experts model, which is not supported yet"),
         ("vision_config", {}, "qwen3 is a multimodal model, which is not supported yet"),
-        ("architectures", ["BertModel"], "BertModel is not a causal language model (...ForCausalLM)"),
+        ("architectures", ["BertModel"], "m has no output layer for tokens (it is a ...Model), which grpo needs"),
         ("hidden_size", "wide", "config.json is broken: invalid literal for int() with base 10: 'wide'"),
         (
             "dtype",

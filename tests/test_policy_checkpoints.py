@@ -210,7 +210,7 @@ def test_other_vocabularies(hosts, rows, tmp_path, overrides, size, layout):
 def test_a_frozen_reference_has_its_own_sizes(hosts, model, rows, source):
     config = policy_config(model, tensor_model_parallel_size=2)
     config.reference.tensor_model_parallel_size = 1
-    group = hosts.start(config, 2, frozen=True)
+    group = hosts.start(config, 2, frozen="reference")
     assert group.data_size == 2
     logprobs = group.logprobs(shards_of(rows, source, SPLITS[2]))
     assert largest_difference(logprobs, hf_logprobs(hugging_face(model), rows)) <= 1e-5

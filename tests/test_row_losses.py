@@ -101,9 +101,8 @@ def config_of(task: str, loss_type: str | None, micro_batch: int) -> Config:
     options = {"loss_type": loss_type}
     if loss_type == "sigmoid+rpo+ld":
         options = {"loss_type": "sigmoid", "rpo_alpha": 0.7, "ld_alpha": 0.4, "label_smoothing": 0.1}
-    return Config(
-        task=task, global_batch_size=PAIRS, micro_batch_size=micro_batch, beta=BETA, eval_steps=10, loss_scale="default", **options
-    )
+    batch = {"global_batch_size": PAIRS, "micro_batch_size": micro_batch}
+    return Config(task=task, beta=BETA, eval_steps=10, loss_scale="default", **batch, **options)
 
 
 def one_step(work, policy, task: str, loss_type: str | None, micro_batch: int) -> OneStep:
@@ -200,7 +199,8 @@ def expected_loss(work, task: str, loss_type: str | None, logprobs):
     margins = []
     for i in range(0, 2 * PAIRS, 2):
         shared = min(len(own[i]), len(own[i + 1]))
-        c, r = ((a[:shared] - b[:shared]).sum() + 0.4 * (a[shared:] - b[shared:]).sum() for a, b in zip(own[i : i + 2], ref[i : i + 2]))
+        differences = [a - b for a, b in zip(own[i : i + 2], ref[i : i + 2])]
+        c, r = (difference[:shared].sum() + 0.4 * difference[shared:].sum() for difference in differences)
         margins.append(BETA * (c - r))
     margin = torch.stack(margins)
     return -(0.9 * log_sigmoid(margin) + 0.1 * log_sigmoid(-margin)).mean() + 0.7 * nll

@@ -82,6 +82,34 @@ class MegatronRank:
             return None, result
 
     @ray.method(num_returns=2)
+    def token_logits(
+        self, shard: Shard, vocab_size: int, top_k: int | None, reference: bool = False
+    ) -> tuple[None, dict[int, ObjectRef] | None]:
+        """Per sequence key a reference to the `TokenLogits` of this rank's columns, or over all ranks of the `top_k` likeliest.
+
+        `vocab_size`: the tokens that the model has in common with who compares. Two values as `logprobs`; the second is None on
+        ranks without logits. `reference` switches the adapter off.
+        """
+        from megatron.core import parallel_state
+
+        from actors.megatron.distillation import keep_logits
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.lora import adapter_disabled
+
+        def output_logits(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[int, ObjectRef]]:
+            kept = keep_logits(logits, micro_batch, vocab_size=vocab_size, top_k=top_k)
+            return logits.new_zeros(()), kept
+
+        with self.doing("token_logits"):
+            batches = self._packed(shard)
+            with adapter_disabled(self.model) if reference else nullcontext():
+                kept = run_micro_batches(self.module, batches, output_logits, backward=False)
+            self.platform.release_memory()  # to the policy, on whose device this may be
+            if not parallel_state.is_pipeline_last_stage():
+                return None, None
+            return None, {key: ref for part in kept for key, ref in part.items()}
+
+    @ray.method(num_returns=2)
     def sequence_values(
         self, shard: Shard, values: SequenceValues, ref: list[ObjectRef] | None = None, reference: bool = False
     ) -> tuple[None, dict[int, np.ndarray] | None]:
