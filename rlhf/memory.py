@@ -27,6 +27,7 @@ RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's
 ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
 ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
 PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
+DIVERGENCE = 256 * 5 * 4  # bytes a column of the logits: a divergence is made of 256 tokens at a time, in some 5 float32 tensors
 BUCKET = 256 * 2**20  # its size, or that of a larger tensor
 
 
@@ -142,7 +143,8 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
         kept -= layers * again
     first = kept * size * min(pipeline, _micro_batches(config)) + again * size
     last = kept * size + _outputs(config, shape) * _loss_bytes(config)
-    return micro_batch_tokens(config) * max(first, last)
+    divergence = DIVERGENCE * _columns(shape, tensor) if config.task == "gkd" and not config.gkd_logits_topk else 0
+    return micro_batch_tokens(config) * max(first, last) + divergence
 
 
 def _micro_batches(config: Config) -> int:
