@@ -79,7 +79,8 @@ def note(
     decided = {name: value for name, value in decided.items() if value is not False}
     if not decided:
         return None
-    who = f"policy and {frozen_group(config)} keep" if frozen_shape else "the policy keeps"
+    frozen = [frozen_group(config)] * bool(frozen_shape) + ["reward model"] * bool(config.reward_model)
+    who = f"policy and {' and '.join(frozen)} keep" if frozen else "the policy keeps"
     text = (
         f"{_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
         f"{_gib(gpu_memory)} GiB while the engine generates"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
+STARTS = 12  # of a process before another takes its place
 
 
 def policy_config(model: Path, **options: Any) -> SimpleNamespace:
@@ -135,11 +136,18 @@ class Hosts:
     """The processes of a test session; `start` makes them a group."""
 
     actors: list[Any]
+    gpus: float = 0
+    starts: int = 0
 
     def start(self, config: Any, size: int, *, frozen: str | None = None) -> Group:
         """`frozen`: the role of ranks that only score, reference or teacher."""
         import ray
 
+        self.starts += 1
+        if self.starts % STARTS == 0:  # threads of gloo's, some 20 of each start, never end
+            for actor in self.actors:
+                ray.kill(actor)
+            self.actors = start_hosts(len(self.actors), gpus=self.gpus).actors
         used = self.actors[:size]
         ray.get([actor.start.remote(config, rank, size, frozen) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
@@ -205,7 +213,7 @@ def start_hosts(count: int, *, gpus: float = 0) -> Hosts:
     import ray
 
     kind = ray.remote(PolicyHost).options(num_cpus=1, num_gpus=gpus)
-    return Hosts(actors=[kind.remote() for _ in range(count)])
+    return Hosts(actors=[kind.remote() for _ in range(count)], gpus=gpus)
 
 
 def random_rows(count: int, *, seed: int = 0, longest: int = 40, vocabulary: int = 512) -> RowTokens:

@@ -85,11 +85,13 @@ def ranking(a: int, b: int, rng: random.Random) -> Row:
 
 
 def likeness(a: int, b: int, rng: random.Random) -> Row:
-    """A sum and the same sum the other way round."""
+    """A sum and the same sum the other way round; not the one whose numbers have exchanged their units."""
     a, b = rng.sample((a, b), 2)
+    c, d = a - a % 10 + b % 10, b - b % 10 + a % 10
     return {
         "messages": [{"role": "user", "content": f"{a}+{b}="}],
         "positive_messages": [[{"role": "user", "content": f"{b}+{a}="}]],
+        "negative_messages": [[{"role": "user", "content": f"{d}+{c}="}]] if {c, d} != {a, b} else [],
     }
 
 
