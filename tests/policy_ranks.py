@@ -108,11 +108,13 @@ class PolicyHost:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self if method == "gradients" else self.held, method)(*args)
 
-    def gradients(self, shard: Shard, loss: Any, *batch: Any) -> dict[str, np.ndarray]:
+    def gradients(
+        self, shard: Shard, loss: Any, old: Any = None, ref: Any = None, batch_values: Any = None, teacher: Any = None
+    ) -> dict[str, np.ndarray]:
         """By parameter, those of a step that is not taken, summed over the data ranks; without the distributed optimizer."""
         policy = self.held
         policy.training.zero_gradients()
-        policy._run(policy._packed(shard, *batch), loss, backward=True)
+        policy._run(policy._packed(shard, old, ref, batch_values), loss, teacher, backward=True)
         return {name: parameter.main_grad.numpy().copy() for name, parameter in policy.training.module.named_parameters()}
 
     def host_bytes(self) -> int:
@@ -139,12 +141,13 @@ class Hosts:
     gpus: float = 0
     starts: int = 0
 
-    def start(self, config: Any, size: int, *, frozen: str | None = None) -> Group:
-        """`frozen`: the role of ranks that only score, reference or teacher."""
+    def start(self, config: Any, size: int, *, frozen: str | None = None, keep: bool = False) -> Group:
+        """`frozen`: the role of ranks that only score, reference or teacher. `keep`: what the last group has put stays."""
         import ray
 
         self.starts += 1
-        if self.starts % STARTS == 0:  # threads of gloo's, some 20 of each start, never end
+        if self.starts >= STARTS and not keep:  # threads of gloo's, some 20 of each start, never end
+            self.starts = 0
             for actor in self.actors:
                 ray.kill(actor)
             self.actors = start_hosts(len(self.actors), gpus=self.gpus).actors
