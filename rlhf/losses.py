@@ -151,6 +151,7 @@ def kto_loss(
     """Mean over the rows of the global batch of `preference_losses.kto_losses`, whose `options` are passed on.
 
     logprobs [T], with gradient. `counts`: desirable and undesirable rows of the global batch, over which rewards are averaged.
+    Metrics: rewards/accuracies is the share of rows on the right side of the KL.
     """
     sums, ref_sums = logprob_sums(logprobs, batch).unbind(1)
     ratios, desirable = sums - ref_sums, batch.targets[:, 0] > 0
@@ -160,6 +161,8 @@ def kto_loss(
         f"rewards/{name}": (rewards * (counted & chosen)).sum() / max(count, 1)
         for name, chosen, count in zip(("chosen", "rejected"), (desirable, ~desirable), counts)
     }
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    metrics["rewards/accuracies"] = (batch.sequence_weights * ((rewards > beta * kl) == desirable)).sum()
     return (batch.sequence_weights * losses).sum(), metrics
 
 

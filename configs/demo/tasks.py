@@ -1,6 +1,6 @@
-"""Demos of reward models, classification, rerankers and embeddings: a tiny model of sums, one task each, nothing downloaded.
+"""A demo of each task that trains on rows: a tiny model of sums, held-out rows before and after, nothing downloaded.
 
-usage: heads.py rm|seq_cls|reranker|generative_reranker|embedding [--seed 0] [--output_dir runs/demo-heads]
+usage: tasks.py pt|sft|dpo|kto|rm|seq_cls|reranker|generative_reranker|embedding [--seed 0] [--output_dir runs/demo-tasks]
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("task", choices=ROWS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo-heads"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo-tasks"))
     arguments = parser.parse_args()
     start, task = time.monotonic(), arguments.task
     work = arguments.output_dir.resolve() / f"{task}-seed{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     (work / "model").mkdir(parents=True)
     make_model(work / "model", arguments.seed)
     make_data(work, task, arguments.seed)
-    command = [sys.executable, str(HERE.parent.parent / "rlhf" / "main.py"), "rlhf" if task == "rm" else "sft"]
+    word = "pt" if task == "pt" else "rlhf" if task in ("dpo", "kto", "rm") else "sft"
+    command = [sys.executable, str(HERE.parent.parent / "rlhf" / "main.py"), word]
     command += ["--config", str(HERE / f"{task}.yaml"), "--model", str(work / "model"), "--seed", str(arguments.seed)]
     command += ["--dataset", str(work / "train.jsonl"), "--val_dataset", str(work / "held_out.jsonl")]
     command += ["--output_dir", str(work), "--run_name", "run"]
+    if task == "sft":  # of a file that another demo stops when it has learnt enough
+        command += ["--train_iters", "150", "--eval_steps", "50", "--save_steps", "1000"]
     print("$ megaray", *command[2:], flush=True)
     words = {"GENERATIVE_RERANKER_POSITIVE_TOKEN": "1", "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "0"}
     if subprocess.run(command, env=os.environ | words).returncode:
@@ -61,6 +64,22 @@ def make_data(folder: Path, task: str, seed: int) -> None:
     unordered: set[frozenset[int]] = {frozenset(pair) for pair in pairs[:HELD_OUT]}
     _write(folder / "held_out.jsonl", (ROWS[task](a, b, rng) for a, b in map(sorted, unordered)))
     _write(folder / "train.jsonl", (ROWS[task](a, b, rng) for a, b in pairs if frozenset((a, b)) not in unordered))
+
+
+def text(a: int, b: int, rng: random.Random) -> Row:
+    """A sum and its result, as plain text."""
+    return {"messages": [answer(f"{a}+{b}={a + b}")]}
+
+
+def addition(a: int, b: int, rng: random.Random) -> Row:
+    """A sum, and its result as the answer."""
+    return {"messages": [{"role": "user", "content": f"{a}+{b}="}, answer(a + b)]}
+
+
+def judgement(a: int, b: int, rng: random.Random) -> Row:
+    """The larger number as a good answer, or the smaller one as a bad one."""
+    good = rng.random() < 0.5
+    return {"messages": [*question(a, b, rng), answer(max(a, b) if good else min(a, b))], "label": good}
 
 
 def preference(a: int, b: int, rng: random.Random) -> Row:
@@ -100,18 +119,22 @@ def question(a: int, b: int, rng: random.Random) -> list[Row]:
     return [{"role": "user", "content": f"{a}+{b}="}]
 
 
-def answer(number: int) -> Row:
-    return {"role": "assistant", "content": str(number)}
+def answer(content: int | str) -> Row:
+    return {"role": "assistant", "content": str(content)}
 
 
 ROWS: dict[str, Callable[[int, int, random.Random], Row]] = {
+    "pt": text,
+    "sft": addition,
+    "dpo": preference,
+    "kto": judgement,
     "rm": preference,
     "seq_cls": comparison,
     "reranker": ranking,
     "generative_reranker": ranking,
     "embedding": likeness,
 }
-METRIC = {"rm": "rewards/accuracies", "embedding": "recall@1"}
+METRIC = {"pt": "loss", "sft": "loss", "embedding": "recall@1", **dict.fromkeys(("dpo", "kto", "rm"), "rewards/accuracies")}
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
