@@ -23,6 +23,12 @@ def data_ranks(config: Config) -> int:
     return policy_ranks(config) // model_ranks(config)
 
 
+def expert_copies(config: Config) -> int:
+    """Copies of each expert of the policy: ranks that hold the same ones."""
+    each = config.expert_model_parallel_size * config.expert_tensor_parallel_size * config.pipeline_model_parallel_size
+    return policy_ranks(config) // each
+
+
 def rollout_engines(config: Config) -> int:
     """vLLM engines of the run; 0 when the task generates nothing."""
     if config.task == "sft":

@@ -16,7 +16,8 @@ LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Meg
 def add_adapter(model: Model, config: Any) -> None:
     """Freeze the model and put an adapter on `config.target_modules` (Megatron's names, or all-linear).
 
-    The adapter starts as no change. Raises ValueError when no layer has such a name.
+    The adapter starts as no change. Of `config.modules_to_save` copies are trained, which stand in for the modules.
+    Raises ValueError when no layer has such a name.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -31,6 +32,7 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        modules_to_save=list(config.modules_to_save) or None,
         base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
@@ -81,10 +83,11 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
 
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
-    settings = model.module.peft_config["default"]
-    replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
+    whole = sorted({name.rsplit(".", 1)[-1] for name in bridge._peft_modules_to_save}) or None
+    settings = replace(model.module.peft_config["default"], target_modules=targets, modules_to_save=whole)
+    replace(settings, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
 
 
 def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
     """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder."""
-    return {name: value for name, value in state.items() if ".lora_" in name}
+    return {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}

@@ -22,6 +22,7 @@ class Platform:
     backend: str  # of torch.distributed
     model_settings: dict[str, Any] = field(default_factory=dict)  # fields of Megatron's model config
     flash_attention: bool = True  # Transformer Engine finds FlashAttention
+    fused_gradients: bool = False  # apex has the kernel that adds weight gradients inside a matrix product
 
     def release_memory(self) -> None:
         """Give back what torch keeps of freed device memory, to who shares the device."""
@@ -62,11 +63,11 @@ def start_platform() -> Platform:
         return Platform(
             device=torch.device("cuda", 0),
             backend="nccl",
-            model_settings={"gradient_accumulation_fusion": False, "overlap_p2p_comm": False},  # that is for interleaved stages
+            model_settings={"overlap_p2p_comm": False},  # that is for interleaved stages
             flash_attention=find_spec("flash_attn") is not None,
+            fused_gradients=find_spec("fused_weight_gradient_mlp_cuda") is not None,
         )
     cpu.install()
-    kernels = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout")
-    settings = {f"{kernel}_fusion": False for kernel in kernels}
+    settings = {f"{kernel}_fusion": False for kernel in ("masked_softmax", "bias_activation", "bias_dropout")}
     settings |= {"apply_rope_fusion": False, "overlap_p2p_comm": False, "use_cpu_initialization": True}
     return Platform(device=torch.device("cpu"), backend="gloo", model_settings=settings)

@@ -124,7 +124,13 @@ class MegatronRank:
         config = self.config
         require_model(model)
         self.platform = start_platform()
-        sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, sequence=config.sequence_parallel and tensor > 1)
+        sizes = ParallelSizes(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=config.sequence_parallel and tensor > 1,
+            expert=config.expert_model_parallel_size,
+            expert_tensor=config.expert_tensor_parallel_size,
+        )
         start_process_group(
             self.platform,
             sizes,
