@@ -84,13 +84,16 @@ class Policy(MegatronRank):
         """
         from actors.megatron.metrics import largest_of_ranks
         from actors.megatron.parallel import returns_results
+        from actors.megatron.router_losses import read_router_losses
 
         assert self.training.scheduler is not None, "schedule(total_steps) was not called"
         with self.doing(f"train_step {self.step + 1}"):
             self.training.zero_gradients()
-            metrics = self._run(self._packed(shard, old, ref, batch_values), loss, teacher, backward=True)
+            batches = self._packed(shard, old, ref, batch_values)
+            metrics = self._run(batches, loss, teacher, backward=True)
             grad_norm, lr = self.training.update()
             self.step += 1
+            metrics |= read_router_losses(self.model.config, len(batches), self.platform.device)
             metrics |= {"grad_norm": grad_norm, "lr": lr}
             if (peak := peak_gib()) is not None:
                 metrics["max_gpu_gib_train"] = largest_of_ranks(peak, self.platform.device)
@@ -151,18 +154,21 @@ class Policy(MegatronRank):
         from actors.megatron.lora import adapter_merged
         from actors.weights.push import push_weights
 
-        with self.doing(f"push_weights {version}"), adapter_merged(self.model):
-            tensors = self.model.export_weights()
-            if engines:
-                timeout = self.config.push_timeout
-                report = push_weights(tensors, engines, version, timeout=timeout, transport=self.transport)
-                return replace(report, gpu_gib=peak_gib())
-            for _ in tensors:
-                pass
-            return None
+        with self.doing(f"push_weights {version}"):
+            self.training.finish_gather()
+            with adapter_merged(self.model):
+                tensors = self.model.export_weights()
+                if engines:
+                    timeout = self.config.push_timeout
+                    report = push_weights(tensors, engines, version, timeout=timeout, transport=self.transport)
+                    return replace(report, gpu_gib=peak_gib())
+                for _ in tensors:
+                    pass
+                return None
 
     def offload(self, weights: bool) -> None:
         """Gradients are dropped; the optimizer's state leaves with `offload_optimizer`."""
+        self.training.finish_gather()
         self.training.module.offload_grad_buffers(empty_cache=False)
         if self.config.offload_optimizer:
             self.optimizer_state.leave(self.training.state_tensors(), later=self.training.moment_bytes())
@@ -180,6 +186,7 @@ class Policy(MegatronRank):
 
         config, target = self.config, Path(folder)
         with self.doing(f"save {step}"):
+            self.training.finish_gather()
             if config.save_safetensors:
                 merge = config.save_safetensors if config.merge_lora is None else config.merge_lora
                 save_for_inference(self.model, target, rank=self.rank, merge=merge)
@@ -197,5 +204,7 @@ class Policy(MegatronRank):
         from actors.megatron.checkpoint import load_state
 
         with self.doing("load"):
-            self.step = load_state(self.model, self.training, Path(folder))
+            self.training.finish_gather()
+            kept = {"optimizer": not self.config.no_load_optim, "rng": not self.config.no_load_rng}
+            self.step = load_state(self.model, self.training, Path(folder), **kept)
             return self.step

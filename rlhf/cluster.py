@@ -36,6 +36,7 @@ from rlhf.ray_start import start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
 from rlhf.teacher_responses import complete_responses
+from rlhf.without_gpus import note_without_gpus, refusal_without_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {  # what the libraries would print in every actor
@@ -204,6 +205,10 @@ class Cluster:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""
         given, models = self.config, shapes(self.config)
         if "GPU" not in self.placement.bundle_specs[0]:
+            if text := refusal_without_gpus(given, models[0]):
+                raise ValueError(text)
+            if text := note_without_gpus(given):
+                print(f"note: {text}")
             if given.offload_model or given.offload_optimizer:
                 print("note: without GPUs there is no other memory to move to: offload_model, offload_optimizer do nothing")
             self.config = fit(given, *models, None)

@@ -164,10 +164,14 @@ class ParallelOptions:
     tensor_model_parallel_size: int = option(1, "TP: ranks that share each layer", least=1)
     pipeline_model_parallel_size: int = option(1, "PP: ranks that share the stack of layers", least=1)
     sequence_parallel: bool = option(False, "split activations along the sequence over the TP ranks (off when TP is 1)")
+    expert_model_parallel_size: int = option(1, "EP: ranks that share the experts of each layer", least=1)
+    expert_tensor_parallel_size: int = option(1, "ranks that share each expert", least=1)
     use_distributed_optimizer: bool = option(True, "split the optimizer's state over the DP ranks")
+    overlap_grad_reduce: bool = option(False, "sum gradients over the DP ranks during the backward pass")
+    overlap_param_gather: bool = option(False, "gather updated weights from the DP ranks during the forward pass")
     nnodes: int = own(1, "nodes with policy ranks", least=1)
     nproc_per_node: int | None = own(
-        None, "policy ranks a node (default: $NPROC_PER_NODE, else all GPUs, on CPU TP*PP)", least=1
+        None, "policy ranks a node (default: $NPROC_PER_NODE, else all GPUs, on CPU those of one model)", least=1
     )
     cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", above=0)
     call_timeout: float = own(1800, "seconds until an unanswered call ends the run", above=0)
@@ -199,10 +203,31 @@ class MemoryOptions:
     recompute_method: Literal["uniform", "block"] | None = option(None, "which layers, for recompute_granularity full")
     recompute_num_layers: int | None = option(None, "layers of a unit, for recompute_granularity full", least=1)
     recompute_modules: list[str] = option(["core_attn"], "modules, for recompute_granularity selective")
-    attention_backend: Literal["flash", "fused", "unfused", "auto"] = option(
-        "flash", "attention kernel of Transformer Engine"
+    attention_backend: Literal["flash", "fused", "unfused", "auto"] | None = option(
+        None, "attention kernel of Transformer Engine (default: flash; without GPUs torch's)"
     )
     cross_entropy_loss_fusion: bool = option(True, "Megatron's fused vocab-parallel cross entropy")
+    gradient_accumulation_fusion: bool | None = option(
+        None, "add weight gradients inside the matrix products (default: on GPUs where apex is installed)"
+    )
+    optimizer_cpu_offload: bool = option(False, "keep and update the optimizer's state in host memory; needs GPUs")
+    optimizer_offload_fraction: float = option(1.0, "of the state that optimizer_cpu_offload moves", above=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """Mixture of experts"""
+
+    moe_aux_loss_coeff: float = option(0.0, "weight of the load-balancing loss", least=0)
+    moe_z_loss_coeff: float | None = option(None, "weight of the loss on the size of router logits (default: none)", least=0)
+    moe_expert_capacity_factor: float | None = option(
+        None, "most tokens of an expert, of an even share; further ones pass by it (default: no limit)", above=0
+    )
+    moe_pad_expert_input_to_capacity: bool = option(False, "pad each expert's tokens to moe_expert_capacity_factor")
+    moe_token_drop_policy: Literal["probs", "position"] = option("probs", "which tokens pass by a full expert")
+    moe_router_dtype: Literal["none", "fp32", "fp64"] = option("fp32", "dtype of routing (none: the model's)")
+    moe_permute_fusion: bool = option(False, "sort tokens by expert in one kernel; needs GPUs")
+    moe_shared_expert_overlap: bool = option(False, "run the shared expert while tokens travel; needs GPUs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +257,7 @@ class LoraOptions:
     lora_alpha: float = option(32.0, "scale, divided by the rank", above=0)
     lora_dropout: float = option(0.05, "dropout before the adapters", least=0, most=1)
     target_modules: list[str] = option(["all-linear"], "all-linear, or of linear_qkv linear_proj linear_fc1 linear_fc2")
+    modules_to_save: list[str] = option([], "trained and saved whole, beside the adapters: word_embeddings output_layer")
     merge_lora: bool | None = option(None, "also save the merged model (default: save_safetensors)")
 
 
@@ -384,6 +410,8 @@ class OutputOptions:
     save_safetensors: bool = option(True, "a Hugging Face folder in each checkpoint")
     no_save_optim: bool = option(False, "checkpoints without optimizer state: smaller, cannot be resumed")
     no_save_rng: bool = option(False, "checkpoints without random-number state")
+    no_load_optim: bool = option(False, "continue with a new optimizer and learning-rate schedule")
+    no_load_rng: bool = option(False, "continue with the seed's random numbers")
     finetune: bool = option(True, "start at step 0 with a new optimizer; resume_from_checkpoint overrides it")
     resume_from_checkpoint: str | None = option(None, "auto (the last complete one), or a checkpoint folder")
     logging_steps: int = option(5, "steps between lines on the screen", least=1)
@@ -396,7 +424,7 @@ class OutputOptions:
 @dataclass(frozen=True, kw_only=True)
 class Config(
     OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, GkdOptions, HeadOptions, PreferenceOptions, LoraOptions,
-    OptimizerOptions,
+    OptimizerOptions, ExpertOptions,
     MemoryOptions, BatchOptions, ParallelOptions, DataOptions, ModelOptions,
 ):  # fmt: skip
     """Pass-through"""

@@ -25,6 +25,12 @@ def data_ranks(config: Config) -> int:
     return policy_ranks(config) // model_ranks(config)
 
 
+def expert_copies(config: Config) -> int:
+    """Copies of each expert of the policy: ranks that hold the same ones."""
+    each = config.expert_model_parallel_size * config.expert_tensor_parallel_size * config.pipeline_model_parallel_size
+    return policy_ranks(config) // each
+
+
 def samples(config: Config) -> bool:
     """Whether the policy's own responses are trained on: there are rollout engines."""
     return config.task == "grpo" or config.task == "gkd" and config.lmbda > 0

@@ -6,6 +6,7 @@ Where engines share the policy's GPUs, an engine gets what the policy leaves whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -216,6 +217,7 @@ def _changes(
         yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
     yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
     yield _more_tensor_ranks(config, shape)
+    yield _more_expert_ranks(config, shape)
     if not config.use_distributed_optimizer and data_ranks(config) > 1:
         yield [{"use_distributed_optimizer": True}]
     elif config.use_distributed_optimizer:
@@ -241,9 +243,9 @@ def _shortened(config: Config, length: int) -> dict[str, Any]:
 
 
 def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
-    """TP of 2, 4 and 8 where the model divides, on as many ranks as it takes."""
+    """TP of 2, 4 and 8 where a model without experts divides, on as many ranks as it takes."""
     changes = []
-    for tensor in (2, 4, 8):
+    for tensor in () if shape.experts else (2, 4, 8):
         ranks = tensor * config.pipeline_model_parallel_size
         try:
             check_layout(shape, tensor, config.pipeline_model_parallel_size)
@@ -251,6 +253,20 @@ def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
             continue
         if tensor > config.tensor_model_parallel_size:
             change = {"tensor_model_parallel_size": tensor}
+            if policy_ranks(config) % ranks:
+                change |= {"nproc_per_node": -(-ranks // config.nnodes)}
+            changes.append(change)
+    return changes
+
+
+def _more_expert_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
+    """EP of 2, 4 and 8 where it divides the experts, on as many ranks as it takes."""
+    changes = []
+    for size in (2, 4, 8):
+        if shape.experts and size > config.expert_model_parallel_size and shape.experts.count % size == 0:
+            change = {"expert_model_parallel_size": size}
+            ranks = math.lcm(size * config.expert_tensor_parallel_size, config.tensor_model_parallel_size)
+            ranks *= config.pipeline_model_parallel_size
             if policy_ranks(config) % ranks:
                 change |= {"nproc_per_node": -(-ranks // config.nnodes)}
             changes.append(change)

@@ -23,6 +23,11 @@ class Head:
         """Whether it gives logprobs of every token."""
         return self.kind == "causal_lm"
 
+    @property
+    def has_output_matrix(self) -> bool:
+        """Whether the model has a row for each token there, which may be its embedding too."""
+        return self.kind in ("causal_lm", "generative_reranker")
+
 
 LANGUAGE_MODEL = Head(kind="causal_lm")
 SCORE = Head(kind="seq_cls", num_labels=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rlhf.config import Config, reads_prompts
-from rlhf.counts import data_ranks, frozen_group, policy_ranks, rollout_engines, row_sequences, samples
+from rlhf.counts import data_ranks, expert_copies, frozen_group, policy_ranks, rollout_engines, row_sequences, samples
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 
@@ -26,6 +26,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
 ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
 ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
+OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
 PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
 DIVERGENCE = 256 * 5 * 4  # bytes a column of the logits: a divergence is made of 256 tokens at a time, in some 5 float32 tensors
 BUCKET = 256 * 2**20  # its size, or that of a larger tensor
@@ -48,18 +49,49 @@ class Memory:
 
 def policy_memory(config: Config, shape: ModelShape) -> Memory:
     """The fullest policy rank: float32 gradients and moments, and a float32 copy of bfloat16 weights."""
-    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    size = BYTES[config.torch_dtype]
-    frozen, trained = 0, shape.rank_parameters(tensor, pipeline)
-    if config.tuner_type == "lora":
-        frozen, trained = trained, shape.lora_parameters(config.lora_rank, config.target_modules, tensor, pipeline)
-    state = trained * (8 if size == 4 else 12)
+    size, (trained, trained_experts) = BYTES[config.torch_dtype], _trained_parameters(config, shape)
+    state = optimizer_bytes(config, shape)
+    on_host = int(config.optimizer_offload_fraction * state) if config.optimizer_cpu_offload else 0
+    frozen = sum(_parameters(config, shape)) if config.tuner_type == "lora" else 0
     return Memory(
-        weights=(frozen + trained) * size,
-        gradients=trained * 4,
-        optimizer=state // data_ranks(config) if config.use_distributed_optimizer else state,
+        weights=(frozen + trained + trained_experts) * size,
+        gradients=(trained + trained_experts) * 4,
+        optimizer=state - on_host,
         activations=activation_bytes(config, shape),
     )
+
+
+def optimizer_bytes(config: Config, shape: ModelShape) -> int:
+    """The optimizer's state of the fullest rank, wherever it is kept; split over the copies of what it is of."""
+    each = _state_bytes(config)
+    trained, trained_experts = _trained_parameters(config, shape)
+    if not config.use_distributed_optimizer:
+        return (trained + trained_experts) * each
+    return trained * each // data_ranks(config) + trained_experts * each // expert_copies(config)
+
+
+def _state_bytes(config: Config) -> int:
+    """Of one trained parameter: two moments, and a master weight where the weights are bfloat16."""
+    return 8 if BYTES[config.torch_dtype] == 4 else 12
+
+
+def _parameters(config: Config, shape: ModelShape) -> tuple[int, int]:
+    """Of the fullest rank: all but its experts, and its experts."""
+    pipeline = config.pipeline_model_parallel_size
+    experts = shape.expert_parameters(config.expert_model_parallel_size, config.expert_tensor_parallel_size)
+    return shape.rank_parameters(config.tensor_model_parallel_size, pipeline), shape.num_layers // pipeline * experts
+
+
+def _trained_parameters(config: Config, shape: ModelShape) -> tuple[int, int]:
+    """As `_parameters`, those that have gradients."""
+    if config.tuner_type == "full":
+        return _parameters(config, shape)
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    rank, modules = config.lora_rank, config.target_modules
+    experts = shape.expert_lora_parameters(rank, modules, config.expert_model_parallel_size)
+    matrices = len(config.modules_to_save) if pipeline == 1 else min(len(config.modules_to_save), 1)
+    whole = matrices * shape.embedding_parameters(tensor)
+    return shape.lora_parameters(rank, modules, tensor, pipeline) + whole, shape.num_layers // pipeline * experts
 
 
 def frozen_memory(config: Config, shape: ModelShape) -> Memory:
@@ -67,10 +99,11 @@ def frozen_memory(config: Config, shape: ModelShape) -> Memory:
     role = getattr(config, frozen_group(config))
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    experts = shape.expert_parameters(config.expert_model_parallel_size, config.expert_tensor_parallel_size)
     tokens, size = micro_batch_tokens(config), BYTES[config.torch_dtype]
     logits = _columns(shape, tensor) * (size + 4 if size < 4 else 4)  # and their float32 copy
     return Memory(
-        weights=shape.rank_parameters(tensor, pipeline) * size,
+        weights=(shape.rank_parameters(tensor, pipeline) + shape.num_layers // pipeline * experts) * size,
         activations=tokens * max(_layer_values(shape, tensor, split=False) * size, logits),
     )
 
@@ -82,7 +115,7 @@ def reward_model_memory(config: Config) -> Memory | None:
     shape = _without_output(read_shape(Path(config.reward_model)))
     tensor, size = config.tensor_model_parallel_size, BYTES[config.torch_dtype]
     return Memory(
-        weights=shape.rank_parameters(tensor, config.pipeline_model_parallel_size) * size,
+        weights=sum(_parameters(config, shape)) * size,
         activations=micro_batch_tokens(config) * _layer_values(shape, tensor, split=False) * size,
     )
 
@@ -138,8 +171,8 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
         kept, again = -(-layers // unit) * entry, unit * whole
     elif config.recompute_granularity == "full":
         kept, again = unit * entry + (layers - unit) * whole, whole
-    elif config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
-        again = entry + MLP_VALUES * shape.ffn_size // tensor
+    elif config.recompute_granularity == "selective" and {"mlp", "moe"} & set(config.recompute_modules):
+        again = entry + _mlp_values(shape, tensor)
         kept -= layers * again
     first = kept * size * min(pipeline, _micro_batches(config)) + again * size
     last = kept * size + _outputs(config, shape) * _loss_bytes(config)
@@ -157,12 +190,23 @@ def _layer_values(shape: ModelShape, tensor_size: int, *, split: bool) -> int:
 
     The two norms' inputs and outputs (`split` over TP under sequence parallelism); queries, keys and values as one tensor,
     queries and keys after rotation, the same again before their norm in a model that has one; the attention's output; and
-    MLP_VALUES of the MLP.
+    those of the MLP.
     """
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 4 * shape.hidden_size // (tensor_size if split else 1)
     queries_and_keys = (3 if shape.qk_norm else 2) * (heads + kv_heads)
-    return norms + (queries_and_keys + kv_heads + heads + MLP_VALUES * shape.ffn_size) // tensor_size
+    return norms + (queries_and_keys + kv_heads + heads) // tensor_size + _mlp_values(shape, tensor_size)
+
+
+def _mlp_values(shape: ModelShape, tensor_size: int) -> int:
+    """MLP_VALUES of each inner feature. A token's copies for its experts count too, on the way in and out of them.
+
+    Tokens are taken to spread evenly over the experts' ranks; tensor ranks have their own part of them (sequence parallelism).
+    """
+    values = MLP_VALUES * shape.ffn_size
+    if shape.experts:
+        values += shape.experts.active * (2 * shape.hidden_size + MLP_VALUES * shape.experts.ffn_size)
+    return values // tensor_size
 
 
 def _loss_bytes(config: Config) -> int:
@@ -207,7 +251,7 @@ def shares_gpus(config: Config) -> bool:
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
     """The policy's, and the frozen reference's or teacher's (None without one), of a config whose models are local folders."""
     shape, name = read_shape(Path(config.model)), frozen_group(config)
-    if head_of(config).kind in ("seq_cls", "embedding"):
+    if not head_of(config).has_output_matrix:
         shape = _without_output(shape)
     if name is None:
         return shape, None
@@ -249,7 +293,8 @@ def holdings(
     train = ranks | gradients | activations
     if not samples(config):
         return {"train": train}
-    largest = max(shape.vocab_size, shape.ffn_size) * shape.hidden_size * BYTES[config.torch_dtype]
+    widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
+    largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
     if not shares_gpus(config):
@@ -267,9 +312,15 @@ def holdings(
 
 
 def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> int:
-    """Bytes of one node's host memory that what is offloaded takes, of a completed config."""
+    """Bytes of one node's host memory that what is offloaded takes, of a completed config.
+
+    What optimizer_cpu_offload keeps there has its weight and gradient there too, in float32.
+    """
     policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
     size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
+    if config.optimizer_cpu_offload:
+        there = optimizer_bytes(config, shape) - policy.optimizer
+        size += there // _state_bytes(config) * OFFLOADED_STATE
     if frozen_shape and config.offload_model:
         size += frozen_memory(config, frozen_shape).weights
     if config.reward_model is not None and config.offload_model:

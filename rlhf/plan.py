@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import PAIRED, Config
-from rlhf.counts import data_ranks, frozen_group, model_ranks, policy_ranks, rollout_engines, samples, total_steps
+from rlhf.counts import (
+    data_ranks,
+    expert_copies,
+    frozen_group,
+    model_ranks,
+    policy_ranks,
+    rollout_engines,
+    samples,
+    total_steps,
+)
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
@@ -25,6 +34,7 @@ from rlhf.memory import (
     stored_logits,
 )
 from rlhf.model_folder import ModelShape, read_shape
+from rlhf.without_gpus import refusal_without_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         peaks=peaks,
         offloaded=offloaded(completed, shape, frozen_shape) if devices.gpus else 0,
         notes=tuple(filter(None, [note(config, completed, *room), warning(config, *room)])),
-        refusal=refusal(config, *room),
+        refusal=refusal(config, *room) if devices.gpus else refusal_without_gpus(config, shape),
         devices=devices,
     )
 
@@ -155,6 +165,9 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     unit = "packs" if config.packing else "responses" if config.task == "grpo" else "pairs" if config.task in PAIRED else "rows"
     lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
+    if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
+        size, tensor_size = config.expert_model_parallel_size, config.expert_tensor_parallel_size
+        lines.append(f"experts over {size} ranks, each over {tensor_size}: {expert_copies(config)} copies of each")
     if made.micro_batches is None:
         lines.append(f"global batch {batch} {unit}, packed to {config.micro_batch_tokens} tokens a micro batch")
     else:
@@ -223,7 +236,8 @@ def _peak_lines(made: Plan) -> list[str]:
     have = made.devices.memory
     if not made.devices.gpus:
         verdict = "" if made.peaks["node"] <= have else ": too much"
-        return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)"]
+        refused = ["", f"This would be refused here: {made.refusal}"] if made.refusal else []
+        return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)", *refused]
     lines = [f"  {phase:<22}{_gib(size):>13}{'' if size <= have else '  too much'}" for phase, size in made.peaks.items()]
     if made.offloaded:
         lines.append(f"  {'host memory of a node':<22}{_gib(made.offloaded):>13} for what is offloaded")

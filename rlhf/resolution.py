@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
         "lr": _or(config.lr, 1e-4 if lora else 1e-5),
         "merge_lora": _or(config.merge_lora, config.save_safetensors),
         "sequence_parallel": config.sequence_parallel and config.tensor_model_parallel_size > 1,
+        "offload_optimizer": _or(config.offload_optimizer, False if config.optimizer_cpu_offload else None),
         "nproc_per_node": _or(config.nproc_per_node, default_nproc(config, gpus_per_node)),
         "output_dir": lasting_folder(config.output_dir or "runs", "output_dir"),
         "dataset": [_absolute_rows(name) for name in config.dataset],
@@ -121,13 +123,14 @@ def _generation_batch(config: Config) -> tuple[int, int]:
 
 
 def default_nproc(config: Config, gpus_per_node: int) -> int:
-    """Policy ranks a node: $NPROC_PER_NODE; else the GPUs that vllm_mode server leaves; without GPUs TP * PP."""
+    """Policy ranks a node: $NPROC_PER_NODE; else the GPUs that vllm_mode server leaves; without GPUs those of one model."""
     text = os.environ.get("NPROC_PER_NODE")
     if text is not None:
         if text.strip().isdigit() and int(text) > 0:
             return int(text)
         raise ValueError(f"NPROC_PER_NODE={text} in the environment is not a whole number above 0")
-    model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    experts = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+    model_ranks = math.lcm(config.tensor_model_parallel_size, experts) * config.pipeline_model_parallel_size
     if not gpus_per_node:
         return -(-model_ranks // config.nnodes)
     engines = (config.rollout.num_engines or 1) * config.vllm_tensor_parallel_size

@@ -19,6 +19,7 @@ from rlhf.fit import check_host, fit
 from rlhf.memory import shapes
 from rlhf.reporters import check_reporters
 from rlhf.scoring import ScoringError
+from rlhf.without_gpus import refusal_without_gpus
 
 if TYPE_CHECKING:
     from rlhf.cluster import Cluster
@@ -57,12 +58,20 @@ def run(config: Config) -> int:
 
 
 def refuse_what_cannot_fit(config: Config) -> None:
-    """ValueError when the run is for this machine's GPUs and cannot fit them; a cluster's are looked at by `Cluster`."""
+    """ValueError when the run is for this machine and its GPUs cannot hold it, or it needs some and there are none.
+
+    A cluster's are looked at by `Cluster`.
+    """
     from rlhf.ray_start import LOCAL, cluster_address
 
     devices = find_devices()
-    if devices.gpus and cluster_address() == LOCAL:
-        models = shapes(config)
+    if cluster_address() != LOCAL:
+        return
+    models = shapes(config)
+    if not devices.gpus:
+        if text := refusal_without_gpus(config, models[0]):
+            raise ValueError(text)
+    else:
         check_host(fit(config, *models, devices.memory), *models, devices.host_memory)
 
 

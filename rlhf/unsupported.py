@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 _REASONS: dict[str, str] = {
-    "mixture-of-experts models are not supported yet": """
-        expert_model_parallel_size=1 expert_tensor_parallel_size=1 moe_grouped_gemm=true,false moe_permute_fusion=false
-        moe_shared_expert_overlap=false moe_aux_loss_coeff=0 moe_z_loss_coeff moe_expert_capacity_factor experts_impl
-        moe_pad_expert_input_to_capacity=false moe_token_drop_policy=probs moe_router_dtype=fp32
-        moe_layer_recompute=false moe_token_dispatcher_type=alltoall moe_enable_deepep=false
-        moe_router_load_balancing_type router_replay_mode=disabled""",
+    "this setting of mixture-of-experts models is not supported yet": """
+        experts_impl moe_enable_deepep=false moe_router_load_balancing_type router_replay_mode=disabled""",
+    "use --recompute_modules moe": "moe_layer_recompute=false",
+    "mcore-bridge builds the experts of a rank as one grouped layer": "moe_grouped_gemm=true",
+    "allgather takes sequences of one length only, flex needs DeepEP": "moe_token_dispatcher_type=alltoall",
     "multi-token prediction and architectures that need it are not supported yet": """
         mtp_num_layers=0 mtp_loss_scaling_factor=0.1 mtp_decoder_input_detach=false mtp_shared_weights=false
         engram_tokenizer_map dsa_indexer_loss_coeff=0 dsa_indexer_use_sparse_loss=false apply_dsa_kernel_fusion=false
@@ -35,9 +34,9 @@ _REASONS: dict[str, str] = {
         pipeline_model_parallel_layout microbatch_group_size_per_vp_stage account_for_embedding_in_pipeline_split=false
         account_for_loss_in_pipeline_split=false overlap_p2p_comm=true,false batch_p2p_comm
         align_param_gather=true,false""",
-    "overlapped communication is not supported yet": """
-        tp_comm_overlap=false overlap_grad_reduce=false overlap_param_gather=false
-        overlap_param_gather_with_optimizer_step=false align_grad_reduce=true,false nccl_comm_warmup=false""",
+    "this overlapping of communication is not supported yet": """
+        tp_comm_overlap=false overlap_param_gather_with_optimizer_step=false align_grad_reduce=true,false
+        nccl_comm_warmup=false""",
     "Megatron-FSDP is not supported yet; use_distributed_optimizer splits the optimizer's state": """
         use_megatron_fsdp=false strict_fsdp_dtensor_load=true data_parallel_sharding_strategy""",
     "FP8, FP4 and quantized training are not supported yet": """
@@ -49,8 +48,7 @@ _REASONS: dict[str, str] = {
         use_precision_aware_optimizer=false main_grads_dtype=fp32 main_params_dtype=fp32 exp_avg_dtype=fp32
         exp_avg_sq_dtype=fp32 accumulate_allreduce_grads_in_fp32=true""",
     "this kind of offloading is not supported yet": """
-        optimizer_cpu_offload=false optimizer_offload_fraction=1 optimizer_cuda_graph=false offload_bridge=false
-        offload_teacher_model=false move_model_batches""",
+        optimizer_cuda_graph=false offload_bridge=false offload_teacher_model=false move_model_batches""",
     "the optimizer is Adam": """
         optimizer=adam sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
         muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor muon_scalar_optimizer muon_lr
@@ -84,8 +82,8 @@ _REASONS: dict[str, str] = {
     "only language modelling is supported yet": """
         task_type=causal_lm mrl_dims enable_dft_loss=false enable_channel_loss=false""",
     "give a Hugging Face folder as --model, or continue a run by --resume_from_checkpoint": """
-        mcore_model mcore_adapter mcore_ref_model mcore_ref_adapter adapters ref_adapters no_load_optim=false
-        no_load_rng=false load_args=false load_data_args=false""",
+        mcore_model mcore_adapter mcore_ref_model mcore_ref_adapter adapters ref_adapters
+        load_args=false load_data_args=false""",
     "checkpoints are written as one folder a step, complete or not at all": """
         save_strategy=steps async_save=false max_shard_size=5GB save_missing_weights=false
         create_checkpoint_symlink=false
@@ -99,7 +97,7 @@ _REASONS: dict[str, str] = {
     "callbacks are not supported": "callbacks",
     "only the plain form of LoRA and full training are supported yet": """
         freeze_parameters freeze_parameters_regex freeze_parameters_ratio=0 trainable_parameters
-        trainable_parameters_regex target_regex modules_to_save lora_bias=none lora_dtype use_rslora=false
+        trainable_parameters_regex target_regex lora_bias=none lora_dtype use_rslora=false
         tuner_backend=peft use_swift_lora=false""",
     "the loss type says whether there is a KL term: use --loss_type kto or apo_zero_unpaired": "calculate_KL",
     "the teacher is one model that the run itself loads, of the architecture that its folder says": """
@@ -127,7 +125,6 @@ _REASONS: dict[str, str] = {
     "use --megatron.NAME VALUE": """
         megatron_extra_kwargs masked_softmax_fusion bias_dropout_fusion bias_activation_fusion apply_rope_fusion
         attention_softmax_in_fp32=true apply_query_key_layer_scaling cross_entropy_fusion_impl=native""",
-    "it needs apex, which is not used": "gradient_accumulation_fusion=false",
     "Ray starts, places and connects the processes": """
         use_ray=true device_groups local_rank ddp_backend skip_megatron_init=false te_rng_tracker=false""",
     "use --call_timeout": "ddp_timeout",

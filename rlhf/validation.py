@@ -22,11 +22,15 @@ from rlhf.counts import (
 )
 from rlhf.distillation_check import check_distillation
 from rlhf.engine_options import check_engine_options
+from rlhf.expert_checks import check_expert_sizes, check_experts, expert_notes
 from rlhf.head_check import check_head, check_reward_model
+from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+WHOLE_MODULES = ("word_embeddings", "output_layer")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
+EXPERT_RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe")
 
 
 def check_parsed(config: Config) -> None:
@@ -64,7 +68,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     _check_batches(config)
     _check_optimizer(config)
     _check_recompute(config, shape)
-    _check_lora(config)
+    _check_lora(config, shape)
     if config.task == "grpo":
         _check_grpo(config)
     if config.task == "gkd":
@@ -77,9 +81,10 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         _check_frozen(config, name)
     if config.reward_model is not None:
         reward_shape = check_reward_model(config, weights=weights)
-        check_layout(
-            reward_shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size, "reward_model: "
-        )
+        tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        check_layout(reward_shape, tensor, pipeline, "reward_model: ")
+        ranks = policy_ranks(config)
+        check_expert_sizes(config, reward_shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix="reward_model: ")
     _check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
@@ -87,6 +92,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
 
 def _check_parallel(config: Config, shape: ModelShape) -> None:
     check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    check_experts(config, shape)
     ranks, each = policy_ranks(config), model_ranks(config)
     if ranks % each:
         raise ValueError(
@@ -106,7 +112,8 @@ def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix
             f"{name} neither divides nor is a multiple of the model's {shape.num_kv_heads} key-value heads"
         )
     if shape.ffn_size % tensor_size:
-        raise ValueError(f"{name} does not divide the model's intermediate_size {shape.ffn_size}")
+        kind = "shared_expert_intermediate_size" if shape.experts else "intermediate_size"
+        raise ValueError(f"{name} does not divide the model's {kind} {shape.ffn_size}")
     if shape.num_layers % pipeline_size:
         name = f"{prefix}pipeline_model_parallel_size {pipeline_size}"
         raise ValueError(f"{name} does not divide the model's {shape.num_layers} layers")
@@ -148,6 +155,14 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError("give --lr_warmup_iters or --lr_warmup_fraction, not both")
     if config.num_train_epochs is None and config.lr_warmup_iters >= config.train_iters:
         raise ValueError(f"lr_warmup_iters {config.lr_warmup_iters} must be less than train_iters {config.train_iters}")
+    if config.overlap_param_gather and not (config.overlap_grad_reduce and config.use_distributed_optimizer):
+        raise ValueError("overlap_param_gather needs --overlap_grad_reduce true and --use_distributed_optimizer true")
+    if config.optimizer_cpu_offload and not config.use_distributed_optimizer:
+        raise ValueError("optimizer_cpu_offload needs --use_distributed_optimizer true")
+    if config.optimizer_cpu_offload and config.offload_optimizer:
+        raise ValueError("give --optimizer_cpu_offload or --offload_optimizer, not both: each moves the optimizer's state")
+    if config.optimizer_offload_fraction != 1 and not config.optimizer_cpu_offload:
+        raise ValueError(f"optimizer_offload_fraction {config.optimizer_offload_fraction:g} needs --optimizer_cpu_offload true")
     if not config.finetune and config.resume_from_checkpoint is None:
         raise ValueError(
             "--finetune false continues a run: say which, by --resume_from_checkpoint auto or a checkpoint folder"
@@ -170,14 +185,25 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name} is for recompute_granularity full, not {config.recompute_granularity}")
+    choices = EXPERT_RECOMPUTE_MODULES if shape.experts else RECOMPUTE_MODULES
     for name in config.recompute_modules:
-        if name not in RECOMPUTE_MODULES:
-            raise ValueError(f"recompute_modules {name!r}: choose from {', '.join(RECOMPUTE_MODULES)}")
+        if name not in choices:
+            raise ValueError(f"recompute_modules {name!r}: choose from {', '.join(choices)}")
 
 
-def _check_lora(config: Config) -> None:
+def _check_lora(config: Config, shape: ModelShape) -> None:
     if config.tuner_type != "lora":
+        if config.modules_to_save:
+            raise ValueError("modules_to_save is for tuner_type lora: full training trains and saves all modules")
         return
+    for name in config.modules_to_save:
+        if name not in WHOLE_MODULES:
+            raise ValueError(f"modules_to_save {name!r}: choose from {', '.join(WHOLE_MODULES)}")
+    has_output = head_of(config).has_output_matrix
+    if "output_layer" in config.modules_to_save and not has_output:
+        raise ValueError(f"modules_to_save output_layer: a model for {config.task} has none, its head is always trained")
+    if config.modules_to_save and shape.tied_embeddings and has_output:
+        raise ValueError(f"modules_to_save {config.modules_to_save[0]}: the model's input and output embeddings are one matrix")
     for name in config.target_modules:
         if name not in LORA_MODULES:
             raise ValueError(
@@ -269,7 +295,8 @@ def _check_frozen(config: Config, name: str) -> None:
     folder = Path(role.model).expanduser() if role.model else Path(config.model)
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
-    check_layout(read_shape(folder), tensor, pipeline, f"{name}.")
+    shape = read_shape(folder)
+    check_layout(shape, tensor, pipeline, f"{name}.")
     ranks = role.nproc or policy_ranks(config)
     if ranks > policy_ranks(config):
         raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
@@ -277,6 +304,7 @@ def _check_frozen(config: Config, name: str) -> None:
         raise ValueError(
             f"{name}: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}"
         )
+    check_expert_sizes(config, shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix=f"{name}: ")
 
 
 def _check_output(config: Config) -> None:
@@ -298,7 +326,9 @@ def _check_output(config: Config) -> None:
 
 
 def _notes(config: Config, shape: ModelShape) -> list[str]:
-    notes = []
+    notes = expert_notes(config, shape)
+    if (config.overlap_grad_reduce or config.overlap_param_gather) and data_ranks(config) == 1:
+        notes.append("overlap_grad_reduce and overlap_param_gather have no effect: there is one data-parallel rank")
     if config.num_train_epochs is not None and config.train_iters is not None:
         notes.append(
             f"num_train_epochs {config.num_train_epochs} sets the length of the run; "

@@ -32,6 +32,18 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "sequence_parallel": False,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+        "moe_permute_fusion": False,
+        "moe_shared_expert_overlap": False,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_expert_capacity_factor": None,
+        "moe_pad_expert_input_to_capacity": False,
+        "moe_token_drop_policy": "probs",
+        "moe_router_dtype": "fp32",
         "use_distributed_optimizer": True,
         "train_iters": 10,
         "num_train_epochs": None,
@@ -39,7 +51,10 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "recompute_method": None,
         "recompute_num_layers": None,
         "recompute_modules": ["core_attn"],
-        "attention_backend": "flash",
+        "attention_backend": None,
+        "gradient_accumulation_fusion": None,
+        "optimizer_cpu_offload": False,
+        "optimizer_offload_fraction": 1.0,
         "cross_entropy_loss_fusion": True,
         "lr": 1e-3,
         "min_lr": 0.0,
@@ -56,10 +71,13 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "lora_alpha": 8.0,
         "lora_dropout": 0.0,
         "target_modules": ["all-linear"],
+        "modules_to_save": [],
         "merge_lora": None,
         "save_safetensors": True,
         "no_save_optim": False,
         "no_save_rng": False,
+        "no_load_optim": False,
+        "no_load_rng": False,
         "call_timeout": 120.0,
         "push_timeout": 60.0,
         "deterministic": False,
@@ -102,6 +120,9 @@ class PolicyHost:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+        from mcore_bridge.bridge import gpt_bridge
+
+        gpt_bridge.EP_PP_GROUP = None  # mcore-bridge makes one for the life of a process
         for name in ("FLASH", "FUSED", "UNFUSED"):
             os.environ.pop(f"NVTE_{name}_ATTN", None)
 

@@ -24,7 +24,12 @@ MS_SWIFT = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False,
     "use_distributed_optimizer": True, "micro_batch_size": 1, "global_batch_size": 16, "train_iters": None,
     "num_train_epochs": None, "recompute_granularity": "selective", "recompute_method": None,
-    "recompute_num_layers": None, "recompute_modules": ["core_attn"], "attention_backend": "flash",
+    "recompute_num_layers": None, "recompute_modules": ["core_attn"],
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1, "overlap_grad_reduce": False,
+    "overlap_param_gather": False, "optimizer_cpu_offload": False, "optimizer_offload_fraction": 1.0,
+    "moe_permute_fusion": False, "moe_shared_expert_overlap": False, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None,
+    "moe_expert_capacity_factor": None, "moe_pad_expert_input_to_capacity": False, "moe_token_drop_policy": "probs",
+    "moe_router_dtype": "fp32", "modules_to_save": [], "no_load_optim": False, "no_load_rng": False,
     "cross_entropy_loss_fusion": True, "lr": None, "min_lr": 0, "lr_decay_style": "cosine", "lr_warmup_iters": 0,
     "lr_warmup_fraction": None, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "tuner_type": "full", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05,
@@ -55,6 +60,7 @@ OURS = {
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
+    "attention_backend": None, "gradient_accumulation_fusion": None,  # ms-swift: flash, and true where apex is installed
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_gpu_memory_utilization": None, "offload_model": None, "offload_optimizer": None,  # ms-swift: 0.9, False, False
 }  # fmt: skip
@@ -175,6 +181,7 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
         "--use_vllm true",
         "--sleep_level 2",
         "--moe_aux_loss_coeff 0.0",
+        "--moe_grouped_gemm true",
         "--offload_bridge false",
         "--optimizer adam",
     ],

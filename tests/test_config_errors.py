@@ -159,7 +159,7 @@ def test_broken_model_folders(folder):
     config.unlink()
     assert error_of(f"rlhf {BASE}").endswith("m/config.json: No such file or directory; is this a model folder?")
     for key, value, message in (
-        ("num_experts", 8, "qwen3 is a mixture-of-experts model, which is not supported yet"),
+        ("num_experts", 8, "qwen3 is a mixture-of-experts model; of these there are qwen2_moe, qwen3_moe"),
         ("vision_config", {}, "qwen3 is a multimodal model, which is not supported yet"),
         ("architectures", ["BertModel"], "m has no output layer for tokens (it is a ...Model), which grpo needs"),
         ("hidden_size", "wide", "config.json is broken: invalid literal for int() with base 10: 'wide'"),

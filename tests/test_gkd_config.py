@@ -217,6 +217,6 @@ def test_the_plan_says_what_the_teachers_logits_take(tmp_path):
     text = render(config, plan(config, dataset_rows=4, devices=CPU))
     assert "25% of the steps on the policy's own responses, the others on the dataset's" in text
     assert f"teacher's logits: {2 * 152064:,} bytes a trained token in Ray's object store" in text
-    assert "\n  teacher    1 x  with the policy, bundle 0" in text and "reward" not in text
+    assert "\n  teacher      1 x  with the policy, bundle 0" in text and "reward" not in text
     top_k = replace(config, gkd_logits_topk=64)
     assert "teacher's logits: 512 bytes a trained token" in render(top_k, plan(top_k, dataset_rows=4, devices=CPU))

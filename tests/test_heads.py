@@ -244,14 +244,17 @@ def adapter_loss(task: str):
     return next(iter(LOSSES[task].values()))
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2"])
+@pytest.mark.parametrize(
+    ("layout", "whole"),
+    [("one", []), ("tp2-sp", []), ("pp2", []), ("tp2-sp", ["word_embeddings"]), ("pp2", ["word_embeddings"])],
+)
 @pytest.mark.parametrize("task", ["rm", "pairs"])
-def test_an_adapter_and_the_head_trained_with_it_load_in_peft_and_merged_and_resume(
-    hosts, model, rows, source, tmp_path, task, layout
+def test_an_adapter_and_what_is_trained_with_it_load_in_peft_and_merged_and_resume(
+    hosts, model, rows, source, tmp_path, task, layout, whole
 ):
     from peft import PeftModel
 
-    config = config_of(model, task, **LAYOUTS[layout], tuner_type="lora", lr=1e-2, train_iters=10)
+    config = config_of(model, task, **LAYOUTS[layout], tuner_type="lora", lr=1e-2, train_iters=10, modules_to_save=whole)
     ranks = SIZES.get(layout, 2)
     shards = head_shards(rows, source, task, even_split(task, 1, 2))
 

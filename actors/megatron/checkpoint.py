@@ -53,6 +53,7 @@ def save_state(model: Model, training: Training, folder: Path, *, step: int, opt
     contents = {
         "step": step,
         "optimizer": optimizer,
+        "optimizers": len(training.optimizer.chained_optimizers),
         "rng": rng,
         "layout": _layout(model),
         "adapter": model.has_adapter,
@@ -66,10 +67,12 @@ def save_state(model: Model, training: Training, folder: Path, *, step: int, opt
     dist_checkpointing.save(everything, str(target), _in_process_writer())
 
 
-def load_state(model: Model, training: Training, folder: Path) -> int:
+def load_state(model: Model, training: Training, folder: Path, *, optimizer: bool, rng: bool) -> int:
     """Restore what `folder`/mcore holds, a collective; returns the step it was written at.
 
-    Raises ValueError when it is of an adapter and the model has none, or the other way round.
+    Without `optimizer` the moments and the schedule start anew, without `rng` the random states stay as they are. Raises
+    ValueError when it is of an adapter and the model has none, or the other way round, and when the optimizer's state is of
+    experts that were split over ranks and now are not, or the other way round.
     """
     from megatron.core import dist_checkpointing
 
@@ -80,17 +83,18 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
         raise ValueError(f"{folder} is a checkpoint of {kinds[contents['adapter']]}, the run trains {kinds[model.has_adapter]}")
     state = _model_state(model)
     everything: dict[str, Any] = {"model": state}
-    if contents["optimizer"]:
+    optimizer, rng = optimizer and contents["optimizer"], rng and contents["rng"]
+    if optimizer:
+        _check_optimizers(contents, training, folder)
         everything["optimizer"] = training.optimizer.sharded_state_dict(state, is_loading=True, metadata=OPTIMIZER_FORMAT)
-    same_layout = contents["layout"] == _layout(model)
-    if contents["rng"] and same_layout:
+    if rng and contents["layout"] == _layout(model):
         everything["rng"] = _rng_state(model, None)
     loaded = dist_checkpointing.load(everything, source)
     missing, unexpected = model.module.load_state_dict(loaded["model"], strict=False)
     if not model.has_adapter:
         lost = [name for name in missing if not name.endswith("_extra_state")]
         assert not lost and not unexpected, f"checkpoint and model differ: missing {lost}, unexpected {unexpected}"
-    if contents["optimizer"]:
+    if optimizer:
         training.optimizer.load_state_dict(loaded["optimizer"])
         training.scheduler.num_steps = 0
         training.scheduler.load_state_dict(loaded["scheduler"])
@@ -100,6 +104,17 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
     if "rng" in everything:
         _restore_rng(loaded["rng"])
     return contents["step"]
+
+
+def _check_optimizers(contents: dict[str, Any], training: Training, folder: Path) -> None:
+    """Megatron gives experts that are split over ranks an optimizer of their own, under other names in a checkpoint."""
+    written, now = contents.get("optimizers", 1), len(training.optimizer.chained_optimizers)
+    if written != now:
+        sizes = {1: "expert_model_parallel_size 1", 2: "expert_model_parallel_size above 1"}
+        raise ValueError(
+            f"{folder} holds the optimizer's state of {sizes[written]}, the run has {sizes[now]}: give the former, or "
+            "--no_load_optim true for a new optimizer"
+        )
 
 
 def _model_state(model: Model) -> dict[str, Any]:
@@ -115,6 +130,8 @@ def _layout(model: Model) -> dict[str, Any]:
         "tensor": model.sizes.tensor,
         "pipeline": model.sizes.pipeline,
         "sequence": model.sizes.sequence,
+        "expert": model.sizes.expert,
+        "expert_tensor": model.sizes.expert_tensor,
         "data": data,
     }
 

@@ -10,16 +10,19 @@ from typing import Any
 
 from actors.megatron.model import Model
 
-PEFT_TASKS = {"seq_cls": ("SEQ_CLS", ["score"]), "embedding": ("FEATURE_EXTRACTION", None)}  # and what is trained as a whole
+PEFT_TASKS = {"seq_cls": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}  # of a head; others: CAUSAL_LM
 LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Megatron's names
 
 
 def add_adapter(model: Model, config: Any) -> None:
     """Freeze the model and put an adapter on `config.target_modules` (Megatron's names, or all-linear).
 
-    The adapter starts as no change. Raises ValueError when no layer has such a name.
+    The adapter starts as no change. Of `config.modules_to_save` and of a head of scores copies are trained, which stand in for
+    the modules. Raises ValueError when no layer has such a name.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     targets = list(config.target_modules)
     if targets == ["all-linear"]:
@@ -27,16 +30,20 @@ def add_adapter(model: Model, config: Any) -> None:
     unknown = sorted(set(targets) - set(LINEAR_LAYERS))
     if unknown:
         raise ValueError(f"target_modules {unknown}: choose from {', '.join(LINEAR_LAYERS)}, or all-linear")
+    whole = [*config.modules_to_save, *(["output_layer"] if model.head.kind == "seq_cls" else [])]
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=["output_layer"] if model.head.kind == "seq_cls" else None,
+        modules_to_save=whole or None,
         base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
     model.has_adapter = True
+    for layer in model.module.modules():
+        if isinstance(layer, LoraLayer):  # mcore-bridge 1.6.5 does not read the dropout that PEFT 0.20 hands on
+            layer.lora_dropout["default"] = torch.nn.Dropout(config.lora_dropout)
 
 
 @contextmanager
@@ -87,12 +94,12 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
         tensors = {name.replace(".model.model.", ".model.", 1): tensor for name, tensor in tensors.items()}
         save_file(tensors, file, metadata={"format": "pt"})
     targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in tensors if ".lora_" in name}
-    task_type, trained = PEFT_TASKS.get(model.head.kind, ("CAUSAL_LM", None))
+    whole = {name.rsplit(".", 1)[-1] for name in bridge._peft_modules_to_save}
     settings = replace(
         model.module.peft_config["default"],
         target_modules=targets,
-        task_type=task_type,
-        modules_to_save=trained,
+        task_type=PEFT_TASKS.get(model.head.kind, "CAUSAL_LM"),
+        modules_to_save=sorted(whole) or None,
         inference_mode=True,
     )
     settings.save_pretrained(str(folder))

@@ -58,7 +58,10 @@ def build_model(
     dtype = getattr(torch, config.torch_dtype) if config.torch_dtype else _stored_dtype(hugging_face)
     settings = hf_to_mcore_config(hugging_face)
     _check_divides(settings, sizes)
-    settings |= _training_settings(config, sizes, dtype, platform) | head_settings(head) | platform.model_settings | options
+    settings |= _training_settings(config, sizes, dtype, platform) | head_settings(head)
+    if settings.get("num_moe_experts"):
+        settings |= _expert_settings(config, sizes)
+    settings |= platform.model_settings | options
     with _rope_functions_restored():
         model_config = ModelConfig(**settings)
         (module,) = get_mcore_model(model_config)
@@ -85,7 +88,7 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
 
     if config.attention_backend == "local":
         raise ValueError("attention_backend local: mcore-bridge builds models with Transformer Engine's attention only")
-    backend = config.attention_backend
+    backend = config.attention_backend or "flash"
     if backend == "flash" and not platform.flash_attention:
         print("attention_backend flash: flash-attn is not installed; Transformer Engine chooses among its own kernels")
         backend = "auto"
@@ -98,10 +101,10 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
         "tensor_model_parallel_size": sizes.tensor,
         "pipeline_model_parallel_size": sizes.pipeline,
         "sequence_parallel": sizes.sequence,
-        "expert_tensor_parallel_size": 1,
         "attention_backend": AttnBackend[backend],
         "deterministic_mode": config.deterministic,
         "cross_entropy_loss_fusion": config.cross_entropy_loss_fusion,
+        "gradient_accumulation_fusion": _fuses_gradients(config, platform),
         "calculate_per_token_loss": True,  # losses come divided: Megatron shall only add (see forward_backward.py)
         "mtp_num_layers": None,
         "recompute_granularity": granularity,
@@ -111,6 +114,23 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
     if granularity == "selective":
         settings |= {"recompute_modules": list(config.recompute_modules)}
     return settings
+
+
+def _fuses_gradients(config: Any, platform: Platform) -> bool:
+    if config.gradient_accumulation_fusion and not platform.fused_gradients:
+        raise ValueError("gradient_accumulation_fusion needs a GPU and apex's CUDA extensions, which are not here: leave it out")
+    return platform.fused_gradients and config.gradient_accumulation_fusion is not False
+
+
+def _expert_settings(config: Any, sizes: ParallelSizes) -> dict[str, Any]:
+    names = ("permute_fusion", "shared_expert_overlap", "aux_loss_coeff", "z_loss_coeff", "expert_capacity_factor")
+    names += ("pad_expert_input_to_capacity", "token_drop_policy", "router_dtype")
+    return {f"moe_{name}": getattr(config, f"moe_{name}") for name in names} | {
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": sizes.expert_tensor,
+        "moe_grouped_gemm": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _stored_dtype(hugging_face: Any) -> torch.dtype:

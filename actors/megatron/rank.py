@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,6 +17,7 @@ from actors.device_memory import memory_explained, peak_gib
 from actors.model_folder import require_model
 from actors.progress import Progress
 from rlhf.heads import LANGUAGE_MODEL, Head
+from rlhf.model_folder import read_shape
 from rlhf.records import RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -189,7 +191,14 @@ class MegatronRank:
         config = self.config
         require_model(model)
         self.platform = start_platform()
-        sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, sequence=config.sequence_parallel and tensor > 1)
+        has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
+        sizes = ParallelSizes(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=config.sequence_parallel and tensor > 1,
+            expert=config.expert_model_parallel_size if has_experts else 1,
+            expert_tensor=config.expert_tensor_parallel_size if has_experts else 1,
+        )
         start_process_group(
             self.platform,
             sizes,
