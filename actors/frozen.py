@@ -16,6 +16,7 @@ class Frozen(MegatronRank):
             self._start(
                 master,
                 model=role.model or config.model,
+                megatron=None if role.model else config.mcore_model,
                 tensor=role.tensor_model_parallel_size or config.tensor_model_parallel_size,
                 pipeline=role.pipeline_model_parallel_size or config.pipeline_model_parallel_size,
                 options=config.megatron,

@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+"""Entry point: `python rlhf/main.py sft|rlhf|export|plan|check [--config FILE] [--key value ...]`; as a script `megaray`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ def main(argv: list[str] | None = None) -> int:
             from rlhf.plan import print_plan
 
             return print_plan(load_config(argv[1:], weights=False))
+        config = load_config(argv)
+        if config.task == "export":
+            from rlhf.export import export
+
+            return export(config)
         from rlhf.run import run
 
-        return run(load_config(argv))
+        return run(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

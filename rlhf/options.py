@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import ALL, Config, FrozenRole, RolloutRole
+from rlhf.config import ALL, EXPORT, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
+from rlhf.export_check import complete_export
+from rlhf.megatron_folder import find_whole_megatron
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
@@ -24,12 +26,14 @@ from rlhf.validation import check_parsed, validate
 ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
 PASS_THROUGH = ("megatron", "vllm")
 ALIASES = {"ref_model": "reference.model"}
-LATER = ("pt", "export", "infer", "eval", "rollout")
+LATER = ("pt", "infer", "eval", "rollout")
+TASKS = (*ALL, *EXPORT)
 
 USAGE = """usage: megaray sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray export [--NAME VALUE ...]          a model from Hugging Face's format to Megatron's, or back
        megaray plan sft|rlhf [the same options]   batches, placement and memory; nothing is started
        megaray check                              the environment, and the command that mends what is missing
-       megaray [sft|rlhf] --help"""
+       megaray [sft|rlhf|export] --help"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,15 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     for whatever its user must mend.
     """
     config = parse(argv)
+    if config.task == "export":
+        return complete_export(config)
     check_parsed(config)
+    megatron = None if config.mcore_model is None else str(find_whole_megatron(config.mcore_model))
     reference = config.reference
     if reference.model is not None:
         reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
-    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
-    config = replace(config, model=str(folder), reference=reference)
+    folder = local_model(config.model or megatron, use_hf=config.use_hf, weights=weights)
+    config = replace(config, model=str(folder), mcore_model=megatron, reference=reference)
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
@@ -87,9 +94,11 @@ def parse(argv: Sequence[str]) -> Config:
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
     task = words.pop(0) if words else ""
     if task in LATER:
-        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, plan and check")
-    if task not in ALL:
-        raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
+        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, export, plan and check")
+    if task not in TASKS:
+        raise ValueError(f"the first word is sft, rlhf, export, plan or check, not {task!r}" + nearest(task, TASKS))
+    if task in EXPORT and argv[0] == "plan":
+        raise ValueError(f"plan {task}: there are no steps to plan; plan is for {', '.join(ALL)}")
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:
@@ -189,7 +198,7 @@ def _unknown(name: str, task: str) -> str:
 
 def help_text(task: str | None = None) -> str:
     """All options of `task` (None: of every task), grouped, each with its type, default and meaning."""
-    task = task if task in ALL else None
+    task = task if task in TASKS else None
     groups = [cls for cls in reversed(Config.__mro__) if "__dataclass_fields__" in vars(cls)]
     groups[-1:-1] = list(ROLES.values())
     lines = [USAGE]

@@ -25,7 +25,7 @@ def check_parsed(config: Config) -> None:
         raise ValueError(
             f"rlhf_type {config.rlhf_type} {given}" + (" (dpo is the default)" if config.rlhf_type == "dpo" else "")
         )
-    if config.model is None:
+    if config.model is None and config.mcore_model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     if not config.dataset:
         raise ValueError("--dataset is missing: files (.jsonl) or hub ids")
@@ -49,7 +49,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     """
     shape = read_shape(Path(config.model))
     if weights:
-        check_files(Path(config.model))
+        check_files(Path(config.model), megatron=config.mcore_model is not None)
     _check_parallel(config, shape)
     _check_batches(config)
     _check_optimizer(config)
@@ -243,7 +243,14 @@ def _check_output(config: Config) -> None:
         Path(config.run_name).name != config.run_name or config.run_name in (".", "..")
     ):
         raise ValueError(f"run_name {config.run_name!r} is a folder's name, without slashes; its place is --output_dir")
-    folder = Path(config.output_dir)
+    check_writable(Path(config.output_dir))
+    resume = config.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint {resume}: no such folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Whether output_dir, or the folder it will be made in, can be written. Raises ValueError."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"output_dir {folder}: {existing} is a file")
@@ -251,9 +258,6 @@ def _check_output(config: Config) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written: {existing}: {error.strerror}") from None
-    resume = config.resume_from_checkpoint
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint {resume}: no such folder")
 
 
 def _notes(config: Config, shape: ModelShape) -> list[str]:

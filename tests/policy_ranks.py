@@ -25,6 +25,7 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
     defaults = {
         "task": "rlhf",
         "model": str(model),
+        "mcore_model": None,
         "torch_dtype": None,
         "seed": 42,
         "temperature": TEMPERATURE,

@@ -1,23 +1,25 @@
-"""A checkpoint folder: what transformers and vLLM load, and `mcore/`, what Megatron continues from.
+"""A checkpoint folder: what transformers and vLLM load, and `mcore/`, what Megatron continues or starts from.
 
-`mcore/` is Megatron's distributed checkpoint of the model (or its adapter), the optimizer, the schedule and the random
-states. It can be read by ranks of another layout, the random states excepted: those belong to a rank.
+`mcore/` is Megatron's distributed checkpoint of the model (or its adapter), and of a run also the optimizer, the schedule and
+the random states. It can be read by ranks of another layout, the random states excepted: those belong to a rank.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.megatron.lora import adapter_merged, adapter_parameters, save_adapter
+from actors.megatron.lora import adapter_merged, adapter_parameters, add_adapter, merge_adapter, save_adapter
 from actors.megatron.model import Model
-from actors.megatron.optimizer import Training
+from actors.model_folder import copy_companions
+from actors.weights.checkpoint_names import tensor_shapes
+from rlhf.megatron_folder import MEGATRON, TENSORS, adapter_of
 
-DISTRIBUTED = "mcore"
+if TYPE_CHECKING:
+    from actors.megatron.optimizer import Training
+
 MERGED = "merged"
-OF_A_RUN = ("manifest.json", "controller.json")  # when the model's folder is itself a checkpoint
 # Optimizer state in the shapes of the parameters, which every layout can cut for itself.
 OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -28,41 +30,75 @@ OPTIMIZER_FORMAT = {
 def save_for_inference(model: Model, folder: Path, *, rank: int, merge: bool) -> None:
     """Hugging Face safetensors with config and tokenizer; of an adapter PEFT's files, and with `merge` `merged/`. Collective."""
     if not model.has_adapter:
-        _save_weights(model, folder, rank)
+        save_weights(model, folder, rank=rank)
         return
     save_adapter(model, folder, rank)
     if rank == 0:
-        _copy_companions(model, folder, config=False)
+        copy_companions(model.folder, folder, dtype=None)
     if merge:
         with adapter_merged(model):
-            _save_weights(model, folder / MERGED, rank)
+            save_weights(model, folder / MERGED, rank=rank)
+
+
+def save_weights(model: Model, folder: Path, *, rank: int) -> None:
+    """A Hugging Face folder of a model without adapter, or with a merged one. Collective."""
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    model.config.bridge.save_weights([model.module], str(folder))
+    if rank == 0:
+        copy_companions(model.folder, folder, dtype=model.dtype_name)
+
+
+def save_model(model: Model, folder: Path, *, rank: int) -> None:
+    """`folder`/mcore with the weights alone, and beside it what it takes to train from it and to go back. Collective."""
+    _write({"contents": _contents(model, step=0, optimizer=False, rng=False), "model": _model_state(model)}, folder)
+    if rank == 0:
+        save_description(model, folder)
+
+
+def save_description(model: Model, folder: Path) -> None:
+    """What stands beside `mcore/` where no Hugging Face folder is written: config, tokenizer, names of the tensors."""
+    copy_companions(model.folder, folder, dtype=model.dtype_name)
+    (folder / TENSORS).write_text(json.dumps(tensor_shapes(model.folder)) + "\n")
 
 
 def save_state(model: Model, training: Training, folder: Path, *, step: int, optimizer: bool, rng: bool) -> None:
     """Write `folder`/mcore, a collective. Without `optimizer`, and before the first step, the schedule is left out too."""
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-
-    target = folder / DISTRIBUTED
-    if dist.get_rank() == 0:
-        target.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
     optimizer = optimizer and training.has_state
     state = _model_state(model)
-    contents = {
-        "step": step,
-        "optimizer": optimizer,
-        "rng": rng,
-        "layout": _layout(model),
-        "adapter": model.has_adapter,
-    }
+    contents = _contents(model, step=step, optimizer=optimizer, rng=rng)
     everything: dict[str, Any] = {"contents": contents, "model": state}
     if optimizer:
         everything["optimizer"] = training.optimizer.sharded_state_dict(state, metadata=OPTIMIZER_FORMAT)
         everything["scheduler"] = training.scheduler.state_dict()
     if rng:
         everything["rng"] = _rng_state(model, _read_rng())
-    dist_checkpointing.save(everything, str(target), _in_process_writer())
+    _write(everything, folder)
+
+
+def load_model(model: Model, folder: Path) -> None:
+    """Fill the model from `folder`/mcore, a collective; an adapter there is added into the weights of its base, `model.folder`.
+
+    The dtype of the model stays; tensors are cast to it.
+    """
+    from megatron.core import dist_checkpointing
+
+    adapter = adapter_of(folder)
+    if adapter is not None:
+        load_weights(model, model.folder)
+        add_adapter(model, adapter)
+    loaded = dist_checkpointing.load({"model": _model_state(model)}, str(folder / MEGATRON))
+    _fill(model, loaded["model"])
+    if adapter is not None:
+        merge_adapter(model)
+
+
+def load_weights(model: Model, folder: Path) -> None:
+    """Fill the model from a folder's safetensors, or its `mcore/` where it has none. Collective."""
+    if any(folder.glob("*.safetensors")):
+        model.config.bridge.load_weights([model.module], str(folder))
+    else:
+        load_model(model, folder)
 
 
 def load_state(model: Model, training: Training, folder: Path) -> int:
@@ -72,7 +108,7 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
     """
     from megatron.core import dist_checkpointing
 
-    source = str(folder / DISTRIBUTED)
+    source = str(folder / MEGATRON)
     contents = dist_checkpointing.load_common_state_dict(source)["contents"]
     if contents["adapter"] != model.has_adapter:
         kinds = {True: "an adapter", False: "a full model"}
@@ -85,10 +121,7 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
     if contents["rng"] and same_layout:
         everything["rng"] = _rng_state(model, None)
     loaded = dist_checkpointing.load(everything, source)
-    missing, unexpected = model.module.load_state_dict(loaded["model"], strict=False)
-    if not model.has_adapter:
-        lost = [name for name in missing if not name.endswith("_extra_state")]
-        assert not lost and not unexpected, f"checkpoint and model differ: missing {lost}, unexpected {unexpected}"
+    _fill(model, loaded["model"])
     if contents["optimizer"]:
         training.optimizer.load_state_dict(loaded["optimizer"])
         training.scheduler.num_steps = 0
@@ -101,9 +134,32 @@ def load_state(model: Model, training: Training, folder: Path) -> int:
     return contents["step"]
 
 
+def _write(everything: dict[str, Any], folder: Path) -> None:
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    target = folder / MEGATRON
+    if dist.get_rank() == 0:
+        target.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(everything, str(target), _in_process_writer())
+
+
+def _contents(model: Model, *, step: int, optimizer: bool, rng: bool) -> dict[str, Any]:
+    return {"step": step, "optimizer": optimizer, "rng": rng, "layout": _layout(model), "adapter": model.has_adapter}
+
+
 def _model_state(model: Model) -> dict[str, Any]:
-    state = model.module.sharded_state_dict()
+    """Without Transformer Engine's own states, which are empty but in FP8, and which a checkpoint written on a CPU lacks."""
+    state = {name: value for name, value in model.module.sharded_state_dict().items() if not name.endswith("_extra_state")}
     return adapter_parameters(state) if model.has_adapter else state
+
+
+def _fill(model: Model, state: dict[str, Any]) -> None:
+    missing, unexpected = model.module.load_state_dict(state, strict=False)
+    if not model.has_adapter:
+        lost = [name for name in missing if not name.endswith("_extra_state")]
+        assert not lost and not unexpected, f"checkpoint and model differ: missing {lost}, unexpected {unexpected}"
 
 
 def _layout(model: Model) -> dict[str, Any]:
@@ -177,25 +233,3 @@ def _in_process_writer() -> Any:
             )
 
     return InProcessWriter("torch_dist", 1)
-
-
-def _save_weights(model: Model, folder: Path, rank: int) -> None:
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    model.config.bridge.save_weights([model.module], str(folder))
-    if rank == 0:
-        _copy_companions(model, folder, config=True)
-
-
-def _copy_companions(model: Model, folder: Path, *, config: bool) -> None:
-    """What stands beside the weights: tokenizer, generation config, and the model's config with the dtype that was written."""
-    for file in sorted(model.folder.iterdir()):
-        companion = file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py") and file.name not in OF_A_RUN
-        if file.is_file() and companion and file.name != "config.json" and not file.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(file, folder / file.name)
-    if not config:
-        return
-    settings = json.loads((model.folder / "config.json").read_text())
-    written = str(model.dtype).removeprefix("torch.")
-    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = written
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -71,6 +71,12 @@ def adapter_merged(model: Model) -> Iterator[None]:
             weight.data.copy_(old)
 
 
+def merge_adapter(model: Model) -> None:
+    """Add the adapter into the weights for good."""
+    model.module = model.module.merge_and_unload()
+    model.has_adapter = False
+
+
 def save_adapter(model: Model, folder: Path, rank: int) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them for the Hugging Face model; collective."""
     bridge = model.config.bridge

@@ -1,4 +1,4 @@
-"""The model of a rank: built and filled through mcore-bridge from a Hugging Face folder."""
+"""The model of a rank: built through mcore-bridge after a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Model:
         return self.config.params_dtype
 
     @property
+    def dtype_name(self) -> str:
+        """As config.json has it: "bfloat16", ..."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding in the Hugging Face folder; tensor parallelism may pad it."""
         return self.config.actual_vocab_size
@@ -41,7 +46,7 @@ class Model:
 
 
 def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any]) -> Model:
-    """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.
+    """Build this rank's part, with random weights, after `folder`/config.json. `options`: further fields of that config.
 
     Raises ValueError when the model does not divide into `sizes`.
     """
@@ -59,7 +64,6 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
         (module,) = get_mcore_model(model_config)
     _mark_vocabulary_weights(module)
     _silence_progress_bars()
-    model_config.bridge.load_weights([module], folder)
     return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes)
 
 
