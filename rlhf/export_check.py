@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf.config import Config
 from rlhf.engine_options import check_engine_options
-from rlhf.megatron_folder import MEGATRON, adapter_of, find_megatron, holds_megatron
+from rlhf.megatron_folder import MEGATRON, adapter_of, check_described, find_megatron, holds_megatron
 from rlhf.model_folder import check_files, local_model, read_shape
 from rlhf.resolution import lasting_folder, trainable_dtype
 from rlhf.validation import check_layout, check_writable
@@ -81,23 +81,24 @@ def _find_model(config: Config, asked: Conversion, megatron: Path | None, adapte
             "compares it"
         )
     if adapter is not None:
-        return _find_base(config, adapter.base, str(megatron), weights=True)
+        return _find_base(config, adapter.base, str(megatron))
     if adapters:
         recorded = _read(Path(adapters[0], "adapter_config.json")).get("base_model_name_or_path")
-        base = _find_base(config, recorded, adapters[0], weights=False)
-        if holds_megatron(base) and not any(base.glob("*.safetensors")):
+        base = _find_base(config, recorded, adapters[0])
+        if _is_megatron(base):
             raise ValueError(
                 f"the base model {base} is a Megatron checkpoint: convert it first (--mcore_model {base} --to_hf true) and give "
                 "the result as --model"
             )
-        check_files(base)
         return base
+    if config.model is None:
+        check_described(megatron)
     model = local_model(config.model or str(megatron), use_hf=config.use_hf)
-    check_files(model, megatron=asked == "to_hf")
+    check_files(model, weights=asked != "to_hf")
     return model
 
 
-def _find_base(config: Config, recorded: str | None, adapter: str, *, weights: bool) -> Path:
+def _find_base(config: Config, recorded: str | None, adapter: str) -> Path:
     """The base of an adapter: `--model`, or the one that is recorded with it."""
     name = config.model or recorded
     if not name:
@@ -108,9 +109,13 @@ def _find_base(config: Config, recorded: str | None, adapter: str, *, weights: b
         if config.model:
             raise
         raise ValueError(f"the base model of {adapter} is not found, give it as --model: {error}") from None
-    if weights:
-        check_files(base, megatron=holds_megatron(base) and adapter_of(base) is None)
+    check_files(base, weights=not _is_megatron(base))
     return base
+
+
+def _is_megatron(model: Path) -> bool:
+    """Whether the model's weights are in Megatron's format alone."""
+    return holds_megatron(model) and adapter_of(model) is None and not any(model.glob("*.safetensors"))
 
 
 def _find_adapter(name: str) -> Path:

@@ -64,6 +64,19 @@ def find_megatron(name: str) -> Path:
     )
 
 
+def check_described(folder: Path) -> None:
+    """Whether the folder of a model says how it is built and what its tensors are called in a Hugging Face folder.
+
+    Raises ValueError when it does not.
+    """
+    for name, there in {
+        "config.json": (folder / "config.json").is_file(),
+        TENSORS: (folder / TENSORS).is_file() or any(folder.glob("*.safetensors")),
+    }.items():
+        if not there:
+            raise ValueError(f"{folder} has no {name}: give the Hugging Face folder that the model was made from as --model")
+
+
 def find_whole_megatron(name: str) -> Path:
     """As `find_megatron`, of a whole model, for a run to start from."""
     folder = find_megatron(name)

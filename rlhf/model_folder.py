@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.megatron_folder import TENSORS, holds_megatron
+from rlhf.megatron_folder import holds_megatron
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "model_max_length", "max_seq_len")
@@ -164,22 +164,19 @@ def read_shape(folder: Path) -> ModelShape:
         raise ValueError(f"{folder}/config.json is broken: {error}") from None
 
 
-def check_files(folder: Path, *, megatron: bool = False) -> None:
-    """Weights and tokenizer are there; `megatron`: the weights are Megatron's, tensors.json names them here.
-
-    Raises ValueError naming what is missing.
-    """
+def check_files(folder: Path, *, weights: bool = True) -> None:
+    """The tokenizer and, with `weights`, safetensors are there. Raises ValueError naming what is missing."""
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): save it there too")
+    if not weights:
+        return
     index = folder / "model.safetensors.index.json"
     if index.exists():
         parts = sorted(set(_read_json(index).get("weight_map", {}).values()))
         missing = [part for part in parts if not (folder / part).exists()]
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of {len(parts)} weight files, the first is {missing[0]}")
-    elif not any(folder.glob("*.safetensors")) and not (megatron and (folder / TENSORS).exists()):
-        if megatron:
-            raise ValueError(f"{folder} has no {TENSORS}: give the Hugging Face folder that the model was made from as --model")
+    elif not any(folder.glob("*.safetensors")):
         hint = ": it holds a Megatron checkpoint, give it as --mcore_model" if holds_megatron(folder) else ""
         raise ValueError(f"{folder} has no weights (*.safetensors){hint}")
 

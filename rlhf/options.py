@@ -16,7 +16,7 @@ import yaml
 from rlhf.config import ALL, EXPORT, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
 from rlhf.export_check import complete_export
-from rlhf.megatron_folder import find_whole_megatron
+from rlhf.megatron_folder import check_described, find_whole_megatron
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
@@ -77,6 +77,8 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     reference = config.reference
     if reference.model is not None:
         reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
+    if config.model is None:
+        check_described(Path(megatron))
     folder = local_model(config.model or megatron, use_hf=config.use_hf, weights=weights)
     config = replace(config, model=str(folder), mcore_model=megatron, reference=reference)
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)

@@ -12,6 +12,7 @@ from pathlib import Path
 from rlhf.config import Config
 from rlhf.counts import data_ranks, model_ranks, needs_reference, policy_ranks, rollout_engines
 from rlhf.engine_options import check_engine_options
+from rlhf.megatron_folder import check_described
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -49,7 +50,8 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     """
     shape = read_shape(Path(config.model))
     if weights:
-        check_files(Path(config.model), megatron=config.mcore_model is not None)
+        check_files(Path(config.model), weights=config.mcore_model is None)
+        check_described(Path(config.model))
     _check_parallel(config, shape)
     _check_batches(config)
     _check_optimizer(config)

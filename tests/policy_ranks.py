@@ -76,12 +76,14 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
 class PolicyHost:
     """A process that holds one rank after another."""
 
-    def start(self, config: Any, rank: int, world_size: int, frozen: bool = False) -> None:
+    def start(self, config: Any, rank: int, world_size: int, kind: str = "Policy") -> None:
+        from actors.exporter import Exporter
         from actors.frozen import Frozen
         from actors.policy import Policy
 
         self.stop()
-        self.held = (Frozen if frozen else Policy)(config, rank=rank, world_size=world_size)
+        kinds = {"Policy": Policy, "Frozen": Frozen, "Exporter": Exporter}
+        self.held = kinds[kind](config, rank=rank, world_size=world_size)
 
     def stop(self) -> None:
         import sys
@@ -122,11 +124,11 @@ class Hosts:
 
     actors: list[Any]
 
-    def start(self, config: Any, size: int, *, frozen: bool = False) -> Group:
+    def start(self, config: Any, size: int, *, kind: str = "Policy") -> Group:
         import ray
 
         used = self.actors[:size]
-        ray.get([actor.start.remote(config, rank, size, frozen) for rank, actor in enumerate(used)])
+        ray.get([actor.start.remote(config, rank, size, kind) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
         infos = ray.get([actor.call.remote("setup", master) for actor in used], timeout=120)
         return Group(actors=used, infos=infos)

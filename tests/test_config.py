@@ -42,7 +42,8 @@ MS_SWIFT = {
     "vllm_max_num_seqs": None, "vllm_enforce_eager": False, "vllm_enable_prefix_caching": True, "output_dir": None,
     "save_steps": 500, "save_total_limit": None, "save_safetensors": True, "no_save_optim": False,
     "no_save_rng": False, "finetune": True, "logging_steps": 5, "report_to": ["tensorboard"],
-    "log_completions": False,
+    "log_completions": False, "mcore_model": None, "to_mcore": False, "to_hf": False, "adapters": [],
+    "test_convert_precision": False, "test_convert_dtype": "float32", "exist_ok": False,
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,

@@ -40,10 +40,9 @@ def test_the_base_of_these_commands_is_accepted():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the first word is sft, rlhf, plan or check, not ''"),
-        ("rlfh --lr 1", "the first word is sft, rlhf, plan or check, not 'rlfh'; did you mean rlhf?"),
-        ("pt --lr 1", "pt is known but not supported yet; there are sft, rlhf, plan and check"),
-        ("export", "export is known but not supported yet; there are sft, rlhf, plan and check"),
+        ("", "the first word is sft, rlhf, export, plan or check, not ''"),
+        ("rlfh --lr 1", "the first word is sft, rlhf, export, plan or check, not 'rlfh'; did you mean rlhf?"),
+        ("pt --lr 1", "pt is known but not supported yet; there are sft, rlhf, export, plan and check"),
         ("rlhf lr 1", "expected an option that starts with --, not 'lr'"),
         ("rlhf --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
         ("rlhf --learning_rate 3", "unknown option --learning_rate; here it is --lr"),

@@ -152,7 +152,7 @@ def _contents(model: Model, *, step: int, optimizer: bool, rng: bool) -> dict[st
 def _model_state(model: Model) -> dict[str, Any]:
     """Without Transformer Engine's own states, which are empty but in FP8, and which a checkpoint written on a CPU lacks."""
     state = {name: value for name, value in model.module.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    return adapter_parameters(state) if model.has_adapter else state
+    return adapter_parameters(state, gated=model.config.gated_linear_unit) if model.has_adapter else state
 
 
 def _fill(model: Model, state: dict[str, Any]) -> None:

@@ -91,6 +91,18 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
 
 
-def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder."""
-    return {name: value for name, value in state.items() if ".lora_" in name}
+def adapter_parameters(state: dict[str, Any], *, gated: bool) -> dict[str, Any]:
+    """The entries of a sharded state dict that belong to the adapter: the rest is in the model's folder.
+
+    `gated`: a tensor rank's part of linear_fc1 is a part of the gate and one of what it gates. For another number of tensor
+    ranks the two are to be cut one by one; mcore-bridge says so of the weight, but not of the adapter's B.
+    """
+    own = {name: value for name, value in state.items() if ".lora_" in name}
+    return {name: _in_halves(value) if gated and ".linear_fc1.lora_B." in name else value for name, value in own.items()}
+
+
+def _in_halves(tensor: Any) -> Any:
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    axes = range(tensor.prepend_axis_num)  # that of the layers
+    return apply_swiglu_sharded_factory(tensor, tuple((i, tensor.global_offset[i], tensor.axis_fragmentations[i]) for i in axes))
