@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint"
+        print("interrupted" + (goes_on if argv[0] != "export" else ""), file=sys.stderr)
         return 130
 
 
