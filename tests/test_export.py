@@ -195,6 +195,8 @@ def test_an_adapters_checkpoint_is_merged_into_the_base_that_it_records(hosts, m
     assert largest_difference(result, {name: expected[name] for name in result}) <= 1e-6
     assert largest_difference(result, weights(model)) > 1e-3
     assert np.abs(logits_from(readers) - logits_of(in_peft)).max() <= 1e-5
+    with pytest.raises(ValueError, match=f"the base model {megatron} is a Megatron checkpoint: convert it first"):
+        load_config(f"export --adapters {lora['peft']} --merge_lora true".split())
     given = exporter(hosts, "--mcore_model", lora["mcore"], "--to_hf", "--model", model)
     given.call("save_hugging_face", str(tmp_path / "given"))
     assert_equal(weights(tmp_path / "given"), weights(lora["peft"] / "merged"))

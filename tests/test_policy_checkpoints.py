@@ -137,6 +137,7 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert largest_difference(adapted, hf_logprobs(merged, rows)) <= 1e-5
     from peft import PeftModel
 
+    assert json.loads((tmp_path / "step1" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     in_peft = PeftModel.from_pretrained(hf, tmp_path / "step1")
     assert largest_difference(adapted, hf_logprobs(in_peft, rows)) <= 1e-5
 
