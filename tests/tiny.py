@@ -1,4 +1,4 @@
-"""A tiny Qwen3 model with a byte-level BPE tokenizer and a chat template, made with transformers and tokenizers alone."""
+"""A tiny model with a byte-level BPE tokenizer and a chat template, made with transformers and tokenizers alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
-    """Save a random Qwen3 (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
+def make_tiny_model(folder: Path, *, seed: int = 0, family: str = "Qwen3", **config_overrides) -> Path:
+    """Save a random model (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
 
-    `config_overrides` are fields of `Qwen3Config`. Norm weights are random too, so that a swapped or lost norm shows.
+    `config_overrides` are fields of the config of transformers' `family`. Norms and biases are random too, so that a swapped
+    or lost one shows.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     settings = {
         "vocab_size": 512,
@@ -32,10 +33,10 @@ def make_tiny_model(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
         "pad_token_id": 0,
         "eos_token_id": 2,
     }
-    config = Qwen3Config(**(settings | config_overrides))
+    config = getattr(transformers, f"{family}Config")(**(settings | config_overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).float()
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
