@@ -71,6 +71,8 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         _check_grpo(config)
     if config.task == "gkd":
         check_distillation(config, shape)
+        if weights and config.seq_kd:  # engines read the teacher, and read safetensors alone
+            check_files(Path(config.teacher.model))
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
