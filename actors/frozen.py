@@ -27,6 +27,7 @@ class Frozen(MegatronRank):
             self._start(
                 master,
                 model=own.model or config.model,
+                megatron=None if own.model else config.mcore_model,
                 tensor=own.tensor_model_parallel_size or config.tensor_model_parallel_size,
                 pipeline=own.pipeline_model_parallel_size or config.pipeline_model_parallel_size,
                 options=config.megatron,

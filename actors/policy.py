@@ -40,6 +40,7 @@ class Policy(MegatronRank):
             self._start(
                 master,
                 model=config.model,
+                megatron=config.mcore_model,
                 tensor=config.tensor_model_parallel_size,
                 pipeline=config.pipeline_model_parallel_size,
                 options=config.megatron,
@@ -181,8 +182,8 @@ class Policy(MegatronRank):
         self.training.module.restore_grad_buffers()
 
     def save(self, folder: str, step: int) -> None:
-        """Write the model for transformers and vLLM into `folder`, and all that training needs to go on into `folder`/mcore."""
-        from actors.megatron.checkpoint import save_for_inference, save_state
+        """Write what training needs to go on into `folder`/mcore, and the model for transformers and vLLM into `folder`."""
+        from actors.megatron.checkpoint import save_description, save_for_inference, save_state
 
         config, target = self.config, Path(folder)
         with self.doing(f"save {step}"):
@@ -190,6 +191,8 @@ class Policy(MegatronRank):
             if config.save_safetensors:
                 merge = config.save_safetensors if config.merge_lora is None else config.merge_lora
                 save_for_inference(self.model, target, rank=self.rank, merge=merge)
+            elif self.rank == 0 and not self.model.has_adapter:
+                save_description(self.model, target)
             save_state(
                 self.model,
                 self.training,

@@ -96,6 +96,13 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
+def require_intact(folder: Path) -> None:
+    """ValueError when a run's checkpoint is not as it was written. A folder without a manifest is taken as it is."""
+    fault = find_fault(folder) if (folder / MANIFEST).exists() else None
+    if fault is not None:
+        raise ValueError(f"{folder} is damaged: {fault}; take another checkpoint, or delete its {MANIFEST} to use it anyway")
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 

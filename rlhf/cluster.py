@@ -17,10 +17,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors import exporter as exporter_actor
 from actors import rollout as rollout_actor
 from actors.data import DatasetInfo, DataWorker
+from actors.exporter import Exporter
 from actors.frozen import Frozen
-from actors.group import RankGroup
+from actors.group import ActorGroup, RankGroup
+from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
@@ -160,6 +163,18 @@ class Cluster:
         ranks = self._ranks(Frozen, getattr(self.config, name).nproc or self.policy_ranks, role=name)
         return {name: RankGroup(name, ranks, timeout=self.config.call_timeout)}
 
+    def exporter(self) -> RankGroup:
+        """The ranks of a conversion, with the model that they read."""
+        ranks = self._ranks(Exporter, self.policy_ranks, env=exporter_actor.ENVIRONMENT)
+        group = RankGroup("exporter", ranks, timeout=self.config.call_timeout)
+        group.setup()
+        return group
+
+    def hugging_face(self) -> ActorGroup:
+        """One process for models in transformers, on the driver's node."""
+        kind = ray.remote(concurrency_groups={"report": 1})(HuggingFaceModel)
+        return ActorGroup("transformers", [self._create(kind, self._beside_driver())], timeout=self.config.call_timeout)
+
     def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
         try:
             return ray.get(ref, timeout=self.config.call_timeout)
@@ -203,6 +218,8 @@ class Cluster:
 
     def _fit(self) -> None:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""
+        if self.config.task == "export":  # what it takes is what the model takes
+            return
         given, models = self.config, shapes(self.config)
         if "GPU" not in self.placement.bundle_specs[0]:
             if text := refusal_without_gpus(given, models[0]):
@@ -248,11 +265,12 @@ class Cluster:
     def _server_mode(self) -> bool:
         return samples(self.config) and self.config.vllm_mode == "server"
 
-    def _ranks(self, kind: type, count: int, **arguments: Any) -> list[Any]:
+    def _ranks(self, kind: type, count: int, *, env: dict[str, str] | None = None, **arguments: Any) -> list[Any]:
         return [
             self._create(
                 ray.remote(concurrency_groups={"report": 1})(kind),
                 self._on_bundle(rank % self.policy_ranks),
+                env=env,
                 rank=rank,
                 world_size=count,
                 **arguments,
@@ -276,9 +294,12 @@ class Cluster:
 
     def _data_worker(self) -> Any:
         """On the driver's node, where the dataset files are."""
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         kind = ray.remote(concurrency_groups={"report": 1})(DataWorker)
-        return self._create(kind, {"num_cpus": 0, "scheduling_strategy": node})
+        return self._create(kind, self._beside_driver())
+
+    def _beside_driver(self) -> dict[str, Any]:
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return {"num_cpus": 0, "scheduling_strategy": node}
 
     def _on_bundle(self, place: int, share: float = 1 / SHARES) -> dict[str, Any]:
         index = self.bundles[place]

@@ -20,10 +20,12 @@ RERANKERS = ("reranker", "generative_reranker")  # tasks that score documents fo
 HEADED = ("rm", "seq_cls", *RERANKERS, "embedding")  # tasks on what the model says at a sequence's last token
 ROWS = ("pt", "sft", "dpo", "kto", "gkd", *HEADED)  # tasks that train on the dataset's rows
 PACKED = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose rows are put into packs of equal size
-Task = Literal[
+TrainingTask = Literal[
     "pt", "sft", "dpo", "kto", "rm", "gkd", "grpo", "seq_cls", "reranker", "generative_reranker", "embedding"
 ]
-ALL: tuple[Task, ...] = get_args(Task)
+Task = Literal[TrainingTask, "export"]
+ALL: tuple[TrainingTask, ...] = get_args(TrainingTask)  # tasks that train
+EXPORT = ("export",)
 
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 DPO_LOSSES = (
@@ -72,6 +74,9 @@ own_grpo = partial(option, tasks=GRPO, own=True)
 own_sampled = partial(option, tasks=SAMPLED, own=True)
 own_referred = partial(option, tasks=REFERRED, own=True)
 own_gkd = partial(option, tasks=("gkd",), own=True)
+export = partial(option, tasks=EXPORT)
+common = partial(option, tasks=(*ALL, *EXPORT))
+own_common = partial(common, own=True)
 
 
 def reads_prompts(config: Any) -> bool:
@@ -117,10 +122,11 @@ class TeacherRole(FrozenRole):
 class ModelOptions:
     """Model"""
 
-    model: str | None = option(None, "model folder, or hub id")
-    use_hf: bool = option(False, "take hub ids from Hugging Face (otherwise ModelScope)")
+    model: str | None = common(None, "model folder, or hub id")
+    mcore_model: str | None = common(None, "folder with a Megatron checkpoint of the model, instead of model")
+    use_hf: bool = common(False, "take hub ids from Hugging Face (otherwise ModelScope)")
     model_type: str | None = option(None, "ms-swift's name of the architecture (default: from config.json)")
-    torch_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of the weights (default: the model's own)")
+    torch_dtype: Literal["float32", "bfloat16"] | None = common(None, "dtype of the weights (default: the model's own)")
     template: str | None = option(None, "ms-swift's chat template (default: the model's own)")
     template_backend: Literal["swift", "jinja"] = option("swift", "who renders the chat template")
     system: str | None = option(None, "system prompt for conversations that have none")
@@ -161,8 +167,8 @@ class DataOptions:
 class ParallelOptions:
     """Parallelism and processes"""
 
-    tensor_model_parallel_size: int = option(1, "TP: ranks that share each layer", least=1)
-    pipeline_model_parallel_size: int = option(1, "PP: ranks that share the stack of layers", least=1)
+    tensor_model_parallel_size: int = common(1, "TP: ranks that share each layer", least=1)
+    pipeline_model_parallel_size: int = common(1, "PP: ranks that share the stack of layers", least=1)
     sequence_parallel: bool = option(False, "split activations along the sequence over the TP ranks (off when TP is 1)")
     expert_model_parallel_size: int = option(1, "EP: ranks that share the experts of each layer", least=1)
     expert_tensor_parallel_size: int = option(1, "ranks that share each expert", least=1)
@@ -173,8 +179,8 @@ class ParallelOptions:
     nproc_per_node: int | None = own(
         None, "policy ranks a node (default: $NPROC_PER_NODE, else all GPUs, on CPU those of one model)", least=1
     )
-    cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", above=0)
-    call_timeout: float = own(1800, "seconds until an unanswered call ends the run", above=0)
+    cpus_per_rank: float = own_common(1, "CPU cores reserved for a rank or engine without GPUs", above=0)
+    call_timeout: float = own_common(1800, "seconds until an unanswered call ends the run", above=0)
     deterministic: bool = own(False, "fixed order of requests and seed of each: reruns are equal bit for bit")
 
 
@@ -258,7 +264,9 @@ class LoraOptions:
     lora_dropout: float = option(0.05, "dropout before the adapters", least=0, most=1)
     target_modules: list[str] = option(["all-linear"], "all-linear, or of linear_qkv linear_proj linear_fc1 linear_fc2")
     modules_to_save: list[str] = option([], "trained and saved whole, beside the adapters: word_embeddings output_layer")
-    merge_lora: bool | None = option(None, "also save the merged model (default: save_safetensors)")
+    merge_lora: bool | None = common(
+        None, "also save the merged model (default: save_safetensors); export: write the model with adapters added in"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,11 +411,13 @@ class SamplingOptions:
 class OutputOptions:
     """Checkpoints and logs"""
 
-    output_dir: str | None = option(None, "holds one folder a run (default: runs)")
+    output_dir: str | None = common(
+        None, "holds one folder a run (default: runs); export: what is written (default: the source's name-mcore, -hf, -merged)"
+    )
     run_name: str | None = own(None, "folder under output_dir (default: task, model and time)")
     save_steps: int = option(500, "steps between checkpoints", least=1)
     save_total_limit: int | None = option(None, "checkpoints kept (default: all)", least=1)
-    save_safetensors: bool = option(True, "a Hugging Face folder in each checkpoint")
+    save_safetensors: bool = option(True, "a Hugging Face folder in each checkpoint (without: for mcore_model)")
     no_save_optim: bool = option(False, "checkpoints without optimizer state: smaller, cannot be resumed")
     no_save_rng: bool = option(False, "checkpoints without random-number state")
     no_load_optim: bool = option(False, "continue with a new optimizer and learning-rate schedule")
@@ -422,10 +432,23 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Conversions"""
+
+    to_mcore: bool = export(False, "write model as a Megatron checkpoint")
+    to_hf: bool = export(False, "write mcore_model as a Hugging Face folder, an adapter added into its base")
+    adapters: list[str] = export([], "folder of a PEFT adapter, for merge_lora")
+    test_convert_precision: bool = export(
+        False, "compare logits of source and result; exit status 1 when their mean difference is above 1e-4 (bfloat16: 0.1)"
+    )
+    test_convert_dtype: Literal["float32", "bfloat16"] = export("float32", "what the compared logits are computed in")
+    exist_ok: bool = export(False, "write into an output_dir that is not empty; its weights are replaced")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(
-    OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, GkdOptions, HeadOptions, PreferenceOptions, LoraOptions,
-    OptimizerOptions, ExpertOptions,
-    MemoryOptions, BatchOptions, ParallelOptions, DataOptions, ModelOptions,
+    ExportOptions, OutputOptions, SamplingOptions, RewardOptions, GrpoOptions, GkdOptions, HeadOptions, PreferenceOptions,
+    LoraOptions, OptimizerOptions, ExpertOptions, MemoryOptions, BatchOptions, ParallelOptions, DataOptions, ModelOptions,
 ):  # fmt: skip
     """Pass-through"""
 
@@ -434,5 +457,5 @@ class Config(
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
     teacher: TeacherRole = field(default_factory=TeacherRole)
-    megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
+    megatron: dict[str, Any] = own_common({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
     vllm: dict[str, Any] = own_sampled({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")

@@ -59,7 +59,8 @@ def needs_reference(config: Config) -> bool:
 
 def needs_teacher(config: Config) -> bool:
     """Whether a frozen teacher group runs beside the policy (with LoRA the policy is its own teacher, its adapter disabled)."""
-    return config.task == "gkd" and not (config.tuner_type == "lora" and config.teacher.model == config.model)
+    own = config.mcore_model or config.model
+    return config.task == "gkd" and not (config.tuner_type == "lora" and config.teacher.model == own)
 
 
 def frozen_group(config: Config) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rlhf.config import Config
+from rlhf.megatron_folder import Adapter, adapter_of
+from rlhf.model_folder import read_shape
 
 Kind = Literal["causal_lm", "seq_cls", "embedding", "generative_reranker"]  # mcore-bridge's names
 
@@ -33,8 +36,8 @@ LANGUAGE_MODEL = Head(kind="causal_lm")
 SCORE = Head(kind="seq_cls", num_labels=1)
 
 
-def head_of(config: Config) -> Head:
-    """That of the policy of a resolved config."""
+def head_of(config: Config | Adapter) -> Head:
+    """That of the policy of a resolved config, or of the model that an adapter was trained with."""
     match config.task:
         case "rm" | "reranker":
             return SCORE
@@ -43,3 +46,15 @@ def head_of(config: Config) -> Head:
         case "embedding" | "generative_reranker":
             return Head(kind=config.task)
     return LANGUAGE_MODEL
+
+
+def converted_head(config: Config) -> Head:
+    """That of the model that an export reads, of a complete config. A generative reranker's weights are a language model's."""
+    adapter = None if config.mcore_model is None else adapter_of(Path(config.mcore_model))
+    if adapter is not None:
+        head = head_of(adapter)
+        return LANGUAGE_MODEL if head.kind == "generative_reranker" else head
+    shape = read_shape(Path(config.model))
+    if shape.num_labels is not None:
+        return Head(kind="seq_cls", num_labels=shape.num_labels, problem_type=shape.problem_type)
+    return Head(kind="embedding") if shape.ending == "Model" else LANGUAGE_MODEL

@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py pt|sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+"""Entry point: `python rlhf/main.py pt|sft|rlhf|export|plan|check [--config FILE] [--key value ...]`; as a script `megaray`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "plan":
             from rlhf.plan import print_plan
 
-            return print_plan(load_config(argv[1:], weights=False))
+            return print_plan(load_config(argv, weights=False))
+        config = load_config(argv)
+        if config.task == "export":
+            from rlhf.export import export
+
+            return export(config)
         from rlhf.run import run
 
-        return run(load_config(argv))
+        return run(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint"
+        print("interrupted" + (goes_on if argv[0] != "export" else ""), file=sys.stderr)
         return 130
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.megatron_folder import holds_megatron
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "model_max_length", "max_seq_len")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -224,10 +226,12 @@ def excess_ids(folder: str, other: str) -> range:
     return range(less, max(own, less))
 
 
-def check_files(folder: Path) -> None:
-    """Weights and tokenizer are there. Raises ValueError naming what is missing."""
+def check_files(folder: Path, *, weights: bool = True) -> None:
+    """The tokenizer and, with `weights`, safetensors are there. Raises ValueError naming what is missing."""
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): save it there too")
+    if not weights:
+        return
     index = folder / "model.safetensors.index.json"
     if index.exists():
         parts = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -235,7 +239,8 @@ def check_files(folder: Path) -> None:
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of {len(parts)} weight files, the first is {missing[0]}")
     elif not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has no weights (*.safetensors)")
+        hint = ": it holds a Megatron checkpoint, give it as --mcore_model" if holds_megatron(folder) else ""
+        raise ValueError(f"{folder} has no weights (*.safetensors){hint}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import yaml
 
 from rlhf.config import Config, FrozenRole, RolloutRole, Task, TeacherRole
 from rlhf.devices import find_devices
+from rlhf.export_check import complete_export
+from rlhf.megatron_folder import check_described, find_whole_megatron
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
@@ -26,7 +28,7 @@ ROLES = {"rollout": RolloutRole, "reference": FrozenRole, "teacher": TeacherRole
 FROZEN = ("reference", "teacher")
 PASS_THROUGH = ("megatron", "vllm")
 ALIASES = {"ref_model": "reference.model", "teacher_model": "teacher.model"}
-LATER = ("export", "infer", "eval", "rollout")
+LATER = ("infer", "eval", "rollout")
 # The first word of a command, the option that then names the task (its default first), and the task of each value.
 COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
     "pt": (None, {None: "pt"}),
@@ -41,12 +43,14 @@ COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
         },
     ),
     "rlhf": ("rlhf_type", {"dpo": "dpo", "kto": "kto", "rm": "rm", "gkd": "gkd", "grpo": "grpo"}),
+    "export": (None, {None: "export"}),
 }
 
 USAGE = """usage: megaray pt|sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray export [--NAME VALUE ...]             a model from Hugging Face's format to Megatron's, or back
        megaray plan pt|sft|rlhf [the same options]   batches, placement and memory; nothing is started
        megaray check                                 the environment, and the command that mends what is missing
-       megaray [pt|sft|rlhf [--task_type TYPE | --rlhf_type TYPE]] --help
+       megaray [pt|sft|rlhf|export [--task_type TYPE | --rlhf_type TYPE]] --help
 task_type (sft): causal_lm (the default), seq_cls, embedding, reranker or generative_reranker
 rlhf_type (rlhf): dpo (the default), kto, rm, gkd or grpo"""
 
@@ -85,9 +89,14 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     for whatever its user must mend.
     """
     config = parse(argv)
+    if config.task == "export":
+        return complete_export(config)
     check_parsed(config)
-    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
-    config = replace(config, model=str(folder), environment=read_environment(config.task))
+    megatron = None if config.mcore_model is None else str(find_whole_megatron(config.mcore_model))
+    if config.model is None:
+        check_described(Path(megatron))
+    folder = local_model(config.model or megatron, use_hf=config.use_hf, weights=weights)
+    config = replace(config, model=str(folder), mcore_model=megatron, environment=read_environment(config.task))
     for name in FROZEN:
         role = getattr(config, name)
         if role.model is not None:
@@ -111,9 +120,13 @@ def parse(argv: Sequence[str]) -> Config:
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
     command = words.pop(0) if words else ""
     if command in LATER:
-        raise ValueError(f"{command} is known but not supported yet; there are pt, sft, rlhf, plan and check")
+        raise ValueError(f"{command} is known but not supported yet; there are pt, sft, rlhf, export, plan and check")
     if command not in COMMANDS:
-        raise ValueError(f"the first word is pt, sft, rlhf, plan or check, not {command!r}" + nearest(command, COMMANDS))
+        raise ValueError(
+            f"the first word is pt, sft, rlhf, export, plan or check, not {command!r}" + nearest(command, COMMANDS)
+        )
+    if command == "export" and argv[0] == "plan":
+        raise ValueError("plan export: there are no steps to plan; plan is for pt, sft and rlhf")
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:

@@ -39,7 +39,7 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
     if config.resume_from_checkpoint not in (None, "auto"):
         values["resume_from_checkpoint"] = lasting_folder(config.resume_from_checkpoint, "resume_from_checkpoint")
     if shape is not None:
-        values["torch_dtype"] = config.torch_dtype or _trainable_dtype(shape)
+        values["torch_dtype"] = config.torch_dtype or trainable_dtype(shape)
     config = replace(config, **values)
     if config.task == "seq_cls":
         config = _resolve_labels(config, shape)
@@ -162,7 +162,8 @@ def _absolute_rows(name: str) -> str:
     return str(Path(path).expanduser().absolute()) + mark + rows if Path(path).expanduser().exists() else name
 
 
-def _trainable_dtype(shape: ModelShape) -> str:
+def trainable_dtype(shape: ModelShape) -> str:
+    """The dtype of the model's own weights. ValueError when it is not trained in."""
     if shape.dtype in ("float32", "bfloat16"):
         return shape.dtype
     raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards.loading import check_config as check_rewards
-from rlhf.checkpoint import Checkpoint, Checkpoints, run_folder
+from rlhf.checkpoint import Checkpoint, Checkpoints, require_intact, run_folder
 from rlhf.config import Config
 from rlhf.counts import policy_ranks, rollout_engines, total_steps
 from rlhf.data import DataFailure
@@ -32,18 +33,25 @@ def run(config: Config) -> int:
     if config.task == "grpo":
         check_rewards(config)
     refuse_what_cannot_fit(config)
+    if config.mcore_model is not None:
+        require_intact(Path(config.mcore_model))
     folder = run_folder(config)
     checkpoints = Checkpoints(folder, config)
     resumed = checkpoints.find()
+    return on_cluster(config, lambda cluster: train(cluster, folder, checkpoints, resumed), engines=rollout_engines(config))
+
+
+def on_cluster(config: Config, work: Callable[[Cluster], int], *, engines: int) -> int:
+    """The exit status of `work`, or that of its failure. Raises ValueError for what its user can mend."""
     import ray
 
     from actors.group import RankFailure
     from rlhf.cluster import Cluster
 
     try:
-        with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
+        with Cluster(config, policy_ranks=policy_ranks(config), num_engines=engines) as cluster:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C (Ray has set a handler of its own)
-            train(cluster, folder, checkpoints, resumed)
+            return work(cluster)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error
@@ -54,7 +62,6 @@ def run(config: Config) -> int:
     except (RankFailure, DataFailure, ScoringError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def refuse_what_cannot_fit(config: Config) -> None:
@@ -75,8 +82,8 @@ def refuse_what_cannot_fit(config: Config) -> None:
         check_host(fit(config, *models, devices.memory), *models, devices.host_memory)
 
 
-def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> None:
-    """Build the actors, restore what is resumed, run the task's loop."""
+def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Checkpoint | None) -> int:
+    """Build the actors, restore what is resumed, run the task's loop; the exit status."""
     from rlhf.classification import train_classification
     from rlhf.dpo import train_dpo
     from rlhf.embedding import train_embedding
@@ -126,3 +133,4 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
     with closing(record) as log:
         loops[config.task](config, roles, log=log, checkpoints=checkpoints, start=start, total=total)
         checkpoints.save_last()
+    return 0

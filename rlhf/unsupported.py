@@ -82,8 +82,8 @@ _REASONS: dict[str, str] = {
     "only language modelling is supported yet": """
         task_type=causal_lm mrl_dims enable_dft_loss=false enable_channel_loss=false""",
     "give a Hugging Face folder as --model, or continue a run by --resume_from_checkpoint": """
-        mcore_model mcore_adapter mcore_ref_model mcore_ref_adapter adapters ref_adapters
-        load_args=false load_data_args=false""",
+        mcore_ref_model mcore_ref_adapter ref_adapters load_args=false load_data_args=false""",
+    "`export --mcore_model CHECKPOINT --to_hf true` merges an adapter's checkpoint too": "mcore_adapter",
     "checkpoints are written as one folder a step, complete or not at all": """
         save_strategy=steps async_save=false max_shard_size=5GB save_missing_weights=false
         create_checkpoint_symlink=false
@@ -130,7 +130,6 @@ _REASONS: dict[str, str] = {
     "use --call_timeout": "ddp_timeout",
     "not supported": "manual_gc=false manual_gc_steps=0 manual_gc_eval ignore_args_error=false",
     "use --external_plugins": "custom_register_path",
-    "`export` is not supported yet": "to_mcore to_hf test_convert_precision test_convert_dtype exist_ok",
 }
 
 # What users of other programs, or of older ms-swift, type: the name that does it here.

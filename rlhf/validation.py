@@ -25,6 +25,7 @@ from rlhf.engine_options import check_engine_options
 from rlhf.expert_checks import check_expert_sizes, check_experts, expert_notes
 from rlhf.head_check import check_head, check_reward_model
 from rlhf.heads import head_of
+from rlhf.megatron_folder import check_described
 from rlhf.model_folder import ModelShape, check_files, read_shape
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -35,7 +36,7 @@ EXPERT_RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe")
 
 def check_parsed(config: Config) -> None:
     """What does not depend on the model: the parts that `resolve` relies on. Raises ValueError."""
-    if config.model is None:
+    if config.model is None and config.mcore_model is None:
         raise ValueError("--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct")
     if config.task == "gkd" and config.teacher.model is None:
         raise ValueError("--teacher_model is missing: the folder or hub id of the model to learn from")
@@ -63,7 +64,8 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     """
     shape = read_shape(Path(config.model))
     if weights:
-        check_files(Path(config.model))
+        check_files(Path(config.model), weights=config.mcore_model is None)
+        check_described(Path(config.model))
     _check_parallel(config, shape)
     _check_batches(config)
     _check_optimizer(config)
@@ -73,6 +75,8 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         _check_grpo(config)
     if config.task == "gkd":
         check_distillation(config, shape)
+        if weights and config.seq_kd:  # engines read the teacher, and read safetensors alone
+            check_files(Path(config.teacher.model))
     if samples(config):
         _check_rollout(config, shape)
     _check_loss(config)
@@ -312,7 +316,14 @@ def _check_output(config: Config) -> None:
         Path(config.run_name).name != config.run_name or config.run_name in (".", "..")
     ):
         raise ValueError(f"run_name {config.run_name!r} is a folder's name, without slashes; its place is --output_dir")
-    folder = Path(config.output_dir)
+    check_writable(Path(config.output_dir))
+    resume = config.resume_from_checkpoint
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint {resume}: no such folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Whether output_dir, or the folder it will be made in, can be written. Raises ValueError."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"output_dir {folder}: {existing} is a file")
@@ -320,9 +331,6 @@ def _check_output(config: Config) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written: {existing}: {error.strerror}") from None
-    resume = config.resume_from_checkpoint
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint {resume}: no such folder")
 
 
 def _notes(config: Config, shape: ModelShape) -> list[str]:

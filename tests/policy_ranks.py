@@ -26,6 +26,7 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
     defaults = {
         "task": "grpo",
         "model": str(model),
+        "mcore_model": None,
         "torch_dtype": None,
         "seed": 42,
         "temperature": TEMPERATURE,
@@ -101,13 +102,14 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
 class PolicyHost:
     """A process that holds one rank after another."""
 
-    def start(self, config: Any, rank: int, world_size: int, frozen: str | None = None) -> None:
+    def start(self, config: Any, rank: int, world_size: int, kind: str = "Policy", role: str | None = None) -> None:
+        from actors.exporter import Exporter
         from actors.frozen import Frozen
         from actors.policy import Policy
 
         self.stop()
-        place = {"rank": rank, "world_size": world_size}
-        self.held = Frozen(config, role=frozen, **place) if frozen else Policy(config, **place)
+        kinds = {"Policy": Policy, "Frozen": Frozen, "Exporter": Exporter}
+        self.held = kinds[kind](config, rank=rank, world_size=world_size, **({} if role is None else {"role": role}))
 
     def stop(self) -> None:
         import sys
@@ -162,7 +164,7 @@ class Hosts:
     gpus: float = 0
     starts: int = 0
 
-    def start(self, config: Any, size: int, *, frozen: str | None = None, keep: bool = False) -> Group:
+    def start(self, config: Any, size: int, *, kind: str = "Policy", frozen: str | None = None, keep: bool = False) -> Group:
         """`frozen`: the role of ranks that only score, reference or teacher. `keep`: what the last group has put stays."""
         import ray
 
@@ -173,7 +175,7 @@ class Hosts:
                 ray.kill(actor)
             self.actors = start_hosts(len(self.actors), gpus=self.gpus).actors
         used = self.actors[:size]
-        ray.get([actor.start.remote(config, rank, size, frozen) for rank, actor in enumerate(used)])
+        ray.get([actor.start.remote(config, rank, size, "Frozen" if frozen else kind, frozen) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
         infos = ray.get([actor.call.remote("setup", master) for actor in used], timeout=120)
         return Group(actors=used, infos=infos)

@@ -7,7 +7,6 @@ import re
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -236,11 +235,11 @@ def test_the_run_folder_is_named_by_task_model_and_time_and_holds_the_options(tm
 
 
 def test_a_run_that_starts_from_a_checkpoint_does_not_inherit_its_manifest(tmp_path):
-    from actors.megatron.checkpoint import _copy_companions
+    from actors.model_folder import copy_companions
 
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     for name in ("manifest.json", "controller.json", "tokenizer.json", "config.json"):
         (source / name).write_text("{}")
-    _copy_companions(SimpleNamespace(folder=source), target, config=False)
+    copy_companions(source, target, dtype=None)
     assert sorted(path.name for path in target.iterdir()) == ["tokenizer.json"]

@@ -40,11 +40,11 @@ def test_the_base_of_these_commands_is_accepted():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the first word is pt, sft, rlhf, plan or check, not ''"),
-        ("rlfh --lr 1", "the first word is pt, sft, rlhf, plan or check, not 'rlfh'; did you mean rlhf?"),
+        ("", "the first word is pt, sft, rlhf, export, plan or check, not ''"),
+        ("rlfh --lr 1", "the first word is pt, sft, rlhf, export, plan or check, not 'rlfh'; did you mean rlhf?"),
         ("rlhf --rlhf_type dpi", "--rlhf_type dpi: choose from dpo, kto, rm, gkd, grpo; did you mean dpo?"),
         ("sft --rlhf_type grpo", "--rlhf_type belongs to rlhf: write megaray rlhf --rlhf_type grpo"),
-        ("export", "export is known but not supported yet; there are pt, sft, rlhf, plan and check"),
+        ("infer", "infer is known but not supported yet; there are pt, sft, rlhf, export, plan and check"),
         ("rlhf lr 1", "expected an option that starts with --, not 'lr'"),
         ("rlhf --rlhf_type grpo --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
         ("rlhf --learning_rate 3", "unknown option --learning_rate; here it is --lr"),

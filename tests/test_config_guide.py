@@ -152,6 +152,23 @@ MULTIMODAL_SFT = """
     --max_length 2048
     --attention_backend flash
 """
+TO_MCORE = """
+    swift export
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --to_mcore true
+    --torch_dtype bfloat16
+    --output_dir Qwen2.5-7B-Instruct-mcore
+    --test_convert_precision true
+"""
+TO_HF = """
+    swift export
+    --mcore_model megatron_output/model/vx-xxx/checkpoint-xxx
+    --to_hf true
+    --torch_dtype bfloat16
+    --output_dir megatron_output/model/vx-xxx/checkpoint-xxx-hf
+    --test_convert_precision true
+"""
 
 
 @pytest.fixture
@@ -233,6 +250,24 @@ def test_moe_lora(read, capsys):
     assert (config.expert_model_parallel_size, config.moe_aux_loss_coeff, config.moe_expert_capacity_factor) == (2, 1e-3, 2)
     assert (config.moe_permute_fusion, config.attention_backend, data_ranks(config)) == (True, "flash", 2)
     assert "note: moe_shared_expert_overlap has no effect: the model has no shared expert" in capsys.readouterr().err
+
+
+def test_the_workflow_with_explicit_conversions(read, tmp_path):
+    to_mcore = read(TO_MCORE, 1)
+    assert (to_mcore.task, to_mcore.to_mcore, to_mcore.torch_dtype, to_mcore.nproc_per_node) == ("export", True, "bfloat16", 1)
+    assert to_mcore.output_dir == f"{tmp_path}/Qwen2.5-7B-Instruct-mcore"
+    checkpoint = tmp_path / "megatron_output" / "model" / "vx-xxx" / "checkpoint-xxx"
+    (checkpoint / "mcore").mkdir(parents=True)
+    for name in ("mcore/metadata.json", "tensors.json", "tokenizer.json"):
+        (checkpoint / name).write_text("{}")
+    write_model(checkpoint, QWEN25_7B)
+    (checkpoint / "model.safetensors").unlink()
+    to_hf = read(TO_HF, 1)
+    assert (to_hf.to_hf, to_hf.mcore_model, to_hf.model) == (True, str(checkpoint), str(checkpoint))
+    options = "--save_safetensors false --dataset /path/to/data.jsonl --train_iters 9"
+    sft = read(f"megatron sft --mcore_model {checkpoint} {options}", 2)
+    assert (sft.mcore_model, sft.model, sft.save_safetensors) == (str(checkpoint), str(checkpoint), False)
+    assert (sft.max_length, sft.torch_dtype) == (32768, "bfloat16")
 
 
 def test_shipped_yaml_files_are_complete_but_for_model_and_data(read):

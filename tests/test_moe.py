@@ -270,7 +270,7 @@ def test_experts_with_a_capacity_pass_tokens_by(hosts, model, rows, source, refe
 def test_a_shared_expert(hosts, rows, source, tmp_path, layout):
     """Qwen2-MoE: a gated expert beside the others, biases of queries, keys and values, router weights that do not add to 1."""
     model = make_tiny_moe(
-        tmp_path / "model", kind="Qwen2Moe", shared_expert_intermediate_size=48, norm_topk_prob=False, qkv_bias=True
+        tmp_path / "model", family="Qwen2Moe", shared_expert_intermediate_size=48, norm_topk_prob=False, qkv_bias=True
     )
     hf = hugging_face(model)
     group = hosts.start(policy_config(model, **layout), 2)

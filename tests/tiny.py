@@ -1,4 +1,4 @@
-"""A tiny Qwen3 model, dense or with experts, with a byte-level BPE tokenizer and a chat template.
+"""A tiny model, dense or with experts, with a byte-level BPE tokenizer and a chat template.
 
 Made with transformers and tokenizers alone.
 """
@@ -28,26 +28,22 @@ SETTINGS = {
 }
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
-    """Save a random Qwen3 (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
+def make_tiny_model(folder: Path, *, seed: int = 0, family: str = "Qwen3", **config_overrides) -> Path:
+    """Save a random model (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
 
-    `config_overrides` are fields of `Qwen3Config`. Norm weights are random too, so that a swapped or lost norm shows.
-    """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return _save(Qwen3ForCausalLM, Qwen3Config(**(SETTINGS | config_overrides)), folder, seed)
-
-
-def make_tiny_moe(folder: Path, *, kind: str = "Qwen3Moe", seed: int = 0, **config_overrides) -> Path:
-    """Save a random model with 8 experts, of which each token takes 2, and its tokenizer into `folder`; returns `folder`.
-
-    `kind` of transformers; `config_overrides` are fields of its config.
+    `config_overrides` are fields of the config of transformers' `family`. Norms and biases are random too, so that a swapped
+    or lost one shows.
     """
     import transformers
 
+    config = getattr(transformers, f"{family}Config")(**(SETTINGS | config_overrides))
+    return _save(getattr(transformers, f"{family}ForCausalLM"), config, folder, seed)
+
+
+def make_tiny_moe(folder: Path, *, family: str = "Qwen3Moe", seed: int = 0, **config_overrides) -> Path:
+    """As `make_tiny_model`, with 8 experts, of which each token takes 2."""
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    config = getattr(transformers, f"{kind}Config")(**(SETTINGS | experts | config_overrides))
-    return _save(getattr(transformers, f"{kind}ForCausalLM"), config, folder, seed)
+    return make_tiny_model(folder, family=family, seed=seed, **(experts | config_overrides))
 
 
 def _save(kind, config, folder: Path, seed: int) -> Path:

@@ -29,22 +29,27 @@ def head_settings(head: Head) -> dict[str, Any]:
     return settings
 
 
-def load_model(module: torch.nn.Module, head: Head, folder: Path, *, seed: int, environment: Mapping[str, str]) -> None:
-    """Fill the model from `folder`'s safetensors; a head that they do not have starts at random, the same on all ranks.
+def start_head(module: torch.nn.Module, head: Head, folder: Path, *, seed: int, environment: Mapping[str, str]) -> None:
+    """A head of scores starts at random, the same on all ranks; a generative reranker learns its words.
 
-    Raises ValueError when the answer of a generative reranker is not one token.
+    Raises ValueError when such a word is not one token.
     """
+    if head.kind == "seq_cls" and module.post_process:
+        module.output_layer.weight.data.copy_(_random(module, seed))
+    if head.kind == "generative_reranker":
+        _set_words(module, folder, environment)
+
+
+def load_safetensors(module: torch.nn.Module, head: Head, folder: Path) -> None:
+    """Fill the model from `folder`'s safetensors; a head that they do not have stays as it is."""
     bridge = module.config.bridge
     key = bridge.hf_score_key
     if head.kind == "seq_cls":  # mcore-bridge would pad the labels as it pads a vocabulary for its tensor ranks
         bridge.hf_score_key = None
     bridge.load_weights([module], str(folder))
     bridge.hf_score_key = key
-    if head.kind == "seq_cls" and module.post_process:
-        weight = module.output_layer.weight
-        weight.data.copy_(_stored(folder, key) if key in checkpoint_tensors(folder).required else _random(module, seed))
-    if head.kind == "generative_reranker":
-        _set_words(module, folder, environment)
+    if head.kind == "seq_cls" and module.post_process and key in checkpoint_tensors(folder).required:
+        module.output_layer.weight.data.copy_(_stored(folder, key))
 
 
 def last_token_values(outputs: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -73,6 +78,17 @@ def described(settings: dict[str, Any], head: Head, folder: Path) -> dict[str, A
         tokenizer = AutoTokenizer.from_pretrained(folder)
         settings |= {"pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id}
     return settings
+
+
+def described_tensors(shapes: dict[str, tuple[int, ...]], head: Head, *, score: str) -> dict[str, tuple[int, ...]]:
+    """`shapes`, {name: shape} of a Hugging Face folder, for the model with this head, whose scores' weight is called `score`."""
+    if head.kind in ("causal_lm", "generative_reranker"):
+        return shapes
+    body = {name: shape for name, shape in shapes.items() if name not in ("lm_head.weight", score)}
+    if head.kind == "embedding":
+        return {name.removeprefix("model."): shape for name, shape in body.items()}
+    hidden = next(shape[1] for name, shape in body.items() if name.endswith("embed_tokens.weight"))
+    return body | {score: (head.num_labels, hidden)}
 
 
 def _stored(folder: Path, name: str) -> torch.Tensor:

@@ -37,7 +37,6 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         modules_to_save=whole or None,
-        base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
     model.has_adapter = True
@@ -80,6 +79,12 @@ def adapter_merged(model: Model) -> Iterator[None]:
             weight.data.copy_(old)
 
 
+def merge_adapter(model: Model) -> None:
+    """Add the adapter into the weights for good."""
+    model.module = model.module.merge_and_unload()
+    model.has_adapter = False
+
+
 def save_adapter(model: Model, folder: Path, rank: int) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them for the Hugging Face model; collective."""
     bridge = model.config.bridge
@@ -98,6 +103,7 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     settings = replace(
         model.module.peft_config["default"],
         target_modules=targets,
+        base_model_name_or_path=str(model.folder),  # `get_peft_model` has set it to what Megatron's module says: nothing
         task_type=PEFT_TASKS.get(model.head.kind, "CAUSAL_LM"),
         modules_to_save=sorted(whole) or None,
         inference_mode=True,
@@ -105,6 +111,18 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     settings.save_pretrained(str(folder))
 
 
-def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a sharded state dict that are trained with the adapter: the rest is in the model's folder."""
-    return {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}
+def adapter_parameters(state: dict[str, Any], *, gated: bool) -> dict[str, Any]:
+    """The entries of a sharded state dict that are trained with the adapter: the rest is in the model's folder.
+
+    `gated`: a tensor rank's part of linear_fc1 is a part of the gate and one of what it gates. For another number of tensor
+    ranks the two are to be cut one by one; mcore-bridge says so of the weight, but not of the adapter's B.
+    """
+    own = {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}
+    return {name: _in_halves(value) if gated and ".linear_fc1.lora_B." in name else value for name, value in own.items()}
+
+
+def _in_halves(tensor: Any) -> Any:
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    axes = range(tensor.prepend_axis_num)  # that of the layers
+    return apply_swiglu_sharded_factory(tensor, tuple((i, tensor.global_offset[i], tensor.axis_fragmentations[i]) for i in axes))

@@ -1,4 +1,4 @@
-"""The model of a rank: built and filled through mcore-bridge from a Hugging Face folder."""
+"""The model of a rank: built through mcore-bridge after a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.megatron.head import head_settings, load_model
+from actors.megatron.head import head_settings, start_head
 from actors.megatron.parallel import ParallelSizes
 from actors.megatron.platform import Platform
 from rlhf.heads import LANGUAGE_MODEL, Head
@@ -34,6 +34,11 @@ class Model:
         return self.config.params_dtype
 
     @property
+    def dtype_name(self) -> str:
+        """As config.json has it: "bfloat16", ..."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding in the Hugging Face folder; tensor parallelism may pad it."""
         return self.config.actual_vocab_size
@@ -46,7 +51,7 @@ class Model:
 def build_model(
     config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any], head: Head = LANGUAGE_MODEL
 ) -> Model:
-    """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.
+    """Build this rank's part, with random weights, after `folder`/config.json. `options`: further fields of that config.
 
     Raises ValueError when the model does not divide into `sizes`.
     """
@@ -67,7 +72,7 @@ def build_model(
         (module,) = get_mcore_model(model_config)
     _mark_vocabulary_weights(module, head)
     _silence_progress_bars()
-    load_model(module, head, Path(folder), seed=config.seed, environment=config.environment)
+    start_head(module, head, Path(folder), seed=config.seed, environment=config.environment)
     return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes, head=head)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.device_memory import memory_explained, peak_gib
-from actors.model_folder import require_model
+from actors.model_folder import require_megatron, require_model
 from actors.progress import Progress
 from rlhf.heads import LANGUAGE_MODEL, Head
 from rlhf.model_folder import read_shape
@@ -178,18 +178,24 @@ class MegatronRank:
         master: str,
         *,
         model: str,
+        megatron: str | None,
         tensor: int,
         pipeline: int,
         options: dict[str, Any],
         head: Head = LANGUAGE_MODEL,
     ) -> None:
-        """Join the group and build this rank's part of the model in the folder `model`, with this head."""
+        """Join the group and build this rank's part of the model in the folder `model`, with this head.
+
+        Its weights are the safetensors there, or the Megatron checkpoint in the folder `megatron`.
+        """
         os.environ.setdefault("TQDM_DISABLE", "1")
         from actors.megatron.parallel import ParallelSizes, start_process_group
         from actors.megatron.platform import start_platform
 
         config = self.config
         require_model(model)
+        if megatron is not None:
+            require_megatron(megatron)
         self.platform = start_platform()
         has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
         sizes = ParallelSizes(
@@ -209,11 +215,16 @@ class MegatronRank:
             seed=config.seed,
             timeout=config.call_timeout,
         )
+        from actors.megatron.checkpoint import load_model, load_weights
         from actors.megatron.model import build_model, split_options
         from actors.megatron.offload import Offload
 
-        model_options, self.optimizer_options, self.ddp_options = split_options(options)
-        self.model = build_model(config, model, sizes, self.platform, model_options, head)
+        self.model_options, self.optimizer_options, self.ddp_options = split_options(options)
+        self.model = build_model(config, model, sizes, self.platform, self.model_options, head)
+        if megatron is None:
+            load_weights(self.model, Path(model))
+        else:
+            load_model(self.model, Path(megatron))
         self.weights = Offload(self.platform)
         self.module = self.model.module
 
