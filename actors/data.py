@@ -91,7 +91,7 @@ class DataWorker:
         Raises:
             ValueError: a dataset cannot be read, a row cannot be encoded, or no row is left.
         """
-        config, prompts_only = self.config, self.config.task == "rlhf"
+        config, prompts_only = self.config, self.config.task != "sft"
         from actors.encoding import Encoder
 
         with self.progress.doing(f"importing ms-swift and loading the template of {config.model}"):

@@ -11,16 +11,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-ALL = ("sft", "rlhf")
+TRAIN = ("sft", "rlhf")
 RLHF = ("rlhf",)
 SFT = ("sft",)
+INFER = ("infer", "eval")  # answer with a model as it is
+SAMPLES = (*RLHF, *INFER)
+ENGINES = (*SAMPLES, "rollout")  # have vLLM engines
+ALL = (*TRAIN, *INFER, "rollout")
+DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(  # of a task, where they are not those of training
+    INFER, {"temperature": 0.0, "num_generations": 1, "max_completion_length": 2048, "dataset_shuffle": False}
+)
 
 
 def option(
     default: Any,
     text: str,
     *,
-    tasks: tuple[str, ...] = ALL,
+    tasks: tuple[str, ...] = TRAIN,
     own: bool = False,
     least: float | None = None,
     above: float | None = None,
@@ -34,16 +41,22 @@ def option(
 
 
 rlhf = partial(option, tasks=RLHF)
+reads = partial(option, tasks=(*TRAIN, *INFER))  # of tasks that read conversations
+samples = partial(option, tasks=SAMPLES)
+scores = partial(option, tasks=("rlhf", "eval"))
+engine = partial(option, tasks=ENGINES)
+infer = partial(option, tasks=INFER)
 own = partial(option, own=True)
 own_rlhf = partial(option, tasks=RLHF, own=True)
+own_scores = partial(scores, own=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRole:
     """Rollout engines (rollout.NAME)"""
 
-    num_engines: int | None = own_rlhf(
-        None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; server: 1)", least=1
+    num_engines: int | None = engine(
+        None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; otherwise 1)", own=True, least=1
     )
 
 
@@ -61,28 +74,32 @@ class FrozenRole:
 class ModelOptions:
     """Model"""
 
-    model: str | None = option(None, "model folder, or hub id")
-    use_hf: bool = option(False, "take hub ids from Hugging Face (otherwise ModelScope)")
-    model_type: str | None = option(None, "ms-swift's name of the architecture (default: from config.json)")
-    torch_dtype: Literal["float32", "bfloat16"] | None = option(None, "dtype of the weights (default: the model's own)")
-    template: str | None = option(None, "ms-swift's chat template (default: the model's own)")
-    template_backend: Literal["swift", "jinja"] = option("swift", "who renders the chat template")
-    system: str | None = option(None, "system prompt for conversations that have none")
-    seed: int = option(42, "seed of weights, dropout and sampling")
+    model: str | None = option(None, "model folder, or hub id", tasks=ALL)
+    adapters: list[str] = infer([], "a LoRA checkpoint; its base model is taken unless --model is given")
+    use_hf: bool = option(False, "take hub ids from Hugging Face (otherwise ModelScope)", tasks=ALL)
+    model_type: str | None = reads(None, "ms-swift's name of the architecture (default: from config.json)")
+    torch_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "dtype of the weights (default: the model's own)", tasks=ALL
+    )
+    template: str | None = reads(None, "ms-swift's chat template (default: the model's own)")
+    template_backend: Literal["swift", "jinja"] = reads("swift", "who renders the chat template")
+    system: str | None = reads(None, "system prompt for conversations that have none")
+    seed: int = option(42, "seed of weights, dropout and sampling", tasks=ALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Data"""
 
-    dataset: list[str] = option([], "files or hub ids, each with an optional #ROWS")
-    max_length: int | None = option(
+    dataset: list[str] = reads([], "files or hub ids, each with an optional #ROWS")
+    val_dataset: list[str] = infer([], "the same as dataset")
+    max_length: int | None = reads(
         None,
-        "longest row, or prompt, in tokens (default: the model's limit; rlhf: less max_completion_length)",
+        "longest row, or prompt, in tokens (default: the model's limit; less max_completion_length where there are responses)",
         least=1,
     )
-    truncation_strategy: Literal["delete", "left", "right"] | None = option(
-        None, "rows longer than max_length are dropped or cut (default: left for grpo, delete otherwise)"
+    truncation_strategy: Literal["delete", "left", "right"] | None = reads(
+        None, "rows longer than max_length are dropped or cut (default: left for grpo, infer, eval; delete otherwise)"
     )
     loss_scale: str | None = option(
         None, "which tokens are trained: default, last_round, all, ... (default: default)", tasks=SFT
@@ -93,9 +110,9 @@ class DataOptions:
     packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=SFT, least=1)
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
     data_seed: int = option(42, "seed of the order of the rows")
-    dataset_num_proc: int = option(1, "processes that read and map the dataset at the start", least=1)
+    dataset_num_proc: int = reads(1, "processes that read and map the dataset at the start", least=1)
     dataloader_num_workers: int = option(4, "above 0: the next batch is prepared while this one is used", least=0)
-    load_from_cache_file: bool = option(False, "reuse the dataset cache of an earlier run")
+    load_from_cache_file: bool = reads(False, "reuse the dataset cache of an earlier run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +127,11 @@ class ParallelOptions:
     nproc_per_node: int | None = own(
         None, "policy ranks a node (default: $NPROC_PER_NODE, else all GPUs, on CPU TP*PP)", least=1
     )
-    cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", above=0)
-    call_timeout: float = own(1800, "seconds until an unanswered call ends the run", above=0)
-    deterministic: bool = own(False, "fixed order of requests and seed of each: reruns are equal bit for bit")
+    cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", tasks=ALL, above=0)
+    call_timeout: float = own(1800, "seconds until an unanswered call ends the run", tasks=ALL, above=0)
+    deterministic: bool = own(
+        False, "fixed order of requests and seed of each: reruns are equal bit for bit", tasks=ALL
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +198,7 @@ class GrpoOptions:
     """GRPO"""
 
     rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm"] = rlhf("dpo", "the algorithm; grpo is supported")
-    num_generations: int = rlhf(8, "responses a prompt", least=1)
+    num_generations: int = scores(8, "responses a prompt", least=1)
     generation_batch_size: int | None = rlhf(
         None, "responses of one generation batch (default: global_batch_size * steps_per_generation)", least=1
     )
@@ -211,39 +230,44 @@ class GrpoOptions:
 class RewardOptions:
     """Rewards"""
 
-    reward_funcs: list[str] = rlhf([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
-    reward_weights: list[float] | None = rlhf(None, "one a function (default: 1 each)")
-    external_plugins: list[str] = rlhf([], "Python files with reward functions")
-    cosine_min_len_value_wrong: float = rlhf(-0.5, "cosine: wrong and empty")
-    cosine_max_len_value_wrong: float = rlhf(0.0, "cosine: wrong and longest")
-    cosine_min_len_value_correct: float = rlhf(1.0, "cosine: right and empty")
-    cosine_max_len_value_correct: float = rlhf(0.5, "cosine: right and longest")
-    cosine_max_len: int | None = rlhf(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
-    repetition_n_grams: int = rlhf(3, "repetition: words of an n-gram", least=1)
-    repetition_max_penalty: float = rlhf(-1.0, "repetition: reward of nothing but repetition", most=0)
-    soft_max_length: int | None = rlhf(
+    reward_funcs: list[str] = scores([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
+    reward_weights: list[float] | None = scores(None, "one a function (default: 1 each)")
+    external_plugins: list[str] = scores([], "Python files with reward functions")
+    cosine_min_len_value_wrong: float = scores(-0.5, "cosine: wrong and empty")
+    cosine_max_len_value_wrong: float = scores(0.0, "cosine: wrong and longest")
+    cosine_min_len_value_correct: float = scores(1.0, "cosine: right and empty")
+    cosine_max_len_value_correct: float = scores(0.5, "cosine: right and longest")
+    cosine_max_len: int | None = scores(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
+    repetition_n_grams: int = scores(3, "repetition: words of an n-gram", least=1)
+    repetition_max_penalty: float = scores(-1.0, "repetition: reward of nothing but repetition", most=0)
+    soft_max_length: int | None = scores(
         None, "soft_overlong: longest unpunished, plus the cache (default: max_completion_length)", least=1
     )
-    soft_cache_length: int | None = rlhf(
+    soft_cache_length: int | None = scores(
         None, "soft_overlong: tokens over which the punishment grows to -1 at soft_max_length", least=1
     )
-    reward_workers: int = own_rlhf(2, "processes that run reward functions", least=1)
-    reward_timeout: float = own_rlhf(30, "seconds for one response's score", above=0)
-    reward_memory: float = own_rlhf(4, "GiB of address space of a reward process", above=0)
+    reward_workers: int = own_scores(2, "processes that run reward functions", least=1)
+    reward_timeout: float = own_scores(30, "seconds for one response's score", above=0)
+    reward_memory: float = own_scores(4, "GiB of address space of a reward process", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Sampling and vLLM"""
 
-    max_completion_length: int = rlhf(512, "longest response, in tokens", least=1)
-    temperature: float = rlhf(0.9, "of sampling, and of the logprobs in training", above=0)
-    top_p: float = rlhf(1.0, "nucleus sampling", above=0, most=1)
-    top_k: int = rlhf(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
-    repetition_penalty: float = rlhf(1.0, "of sampling", above=0)
-    stop_words: list[str] = rlhf([], "strings that end a response")
+    max_completion_length: int = samples(512, "longest response, in tokens", least=1)
+    temperature: float = samples(0.9, "of sampling, and of the logprobs in training (0, for infer and eval: greedy)", least=0)
+    top_p: float = samples(1.0, "nucleus sampling", above=0, most=1)
+    top_k: int = samples(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
+    repetition_penalty: float = samples(1.0, "of sampling", above=0)
+    stop_words: list[str] = samples([], "strings that end a response")
     vllm_mode: Literal["colocate", "server"] = rlhf("colocate", "share the policy's devices, or have their own")
-    vllm_gpu_memory_utilization: float | None = rlhf(
+    rollout_name: str = option(
+        "rollout", "of the engines that `megaray rollout` starts, and vllm_mode server uses", tasks=("rlhf", "rollout"), own=True
+    )
+    infer_backend: Literal["vllm"] = option("vllm", "who generates", tasks=(*INFER, "rollout"))
+    stream: bool | None = option(None, "answers appear as they are generated (default: unless from a dataset)", tasks=("infer",))
+    vllm_gpu_memory_utilization: float | None = engine(
         None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
     )
     offload_model: bool | None = rlhf(
@@ -252,13 +276,13 @@ class SamplingOptions:
     offload_optimizer: bool | None = rlhf(
         None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
     )
-    vllm_tensor_parallel_size: int = rlhf(1, "devices of one engine", least=1)
-    vllm_max_model_len: int | None = rlhf(
-        None, "longest prompt + response, in tokens (default: the two limits together)", least=1
+    vllm_tensor_parallel_size: int = engine(1, "devices of one engine", least=1)
+    vllm_max_model_len: int | None = engine(
+        None, "longest prompt + response, in tokens (default: the two limits together; else the model's)", least=1
     )
-    vllm_max_num_seqs: int | None = rlhf(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
-    vllm_enforce_eager: bool = rlhf(False, "no CUDA graphs, no compilation")
-    vllm_enable_prefix_caching: bool = rlhf(True, "share the KV cache of equal prompts")
+    vllm_max_num_seqs: int | None = engine(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
+    vllm_enforce_eager: bool = engine(False, "no CUDA graphs, no compilation")
+    vllm_enable_prefix_caching: bool = engine(True, "share the KV cache of equal prompts")
     push_timeout: float = own_rlhf(120, "seconds for one push of weights to the engines", above=0)
 
 
@@ -266,8 +290,9 @@ class SamplingOptions:
 class OutputOptions:
     """Checkpoints and logs"""
 
-    output_dir: str | None = option(None, "holds one folder a run (default: runs)")
-    run_name: str | None = own(None, "folder under output_dir (default: task, model and time)")
+    output_dir: str | None = reads(None, "holds one folder a run (default: runs)")
+    run_name: str | None = own(None, "folder under output_dir (default: task, model and time)", tasks=(*TRAIN, *INFER))
+    result_path: str | None = infer(None, "infer: answers, .jsonl; eval: scores, .json (default: in the run's folder)")
     save_steps: int = option(500, "steps between checkpoints", least=1)
     save_total_limit: int | None = option(None, "checkpoints kept (default: all)", least=1)
     save_safetensors: bool = option(True, "a Hugging Face folder in each checkpoint")
@@ -289,8 +314,8 @@ class Config(
 ):  # fmt: skip
     """Pass-through"""
 
-    task: Literal["sft", "rlhf"] = field(default="rlhf", metadata={"positional": True})
+    task: Literal["sft", "rlhf", "infer", "eval", "rollout"] = field(default="rlhf", metadata={"positional": True})
     rollout: RolloutRole = field(default_factory=RolloutRole)
     reference: FrozenRole = field(default_factory=FrozenRole)
     megatron: dict[str, Any] = own({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
-    vllm: dict[str, Any] = own_rlhf({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")
+    vllm: dict[str, Any] = engine({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is", own=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from math import ceil
 
-from rlhf.config import Config
+from rlhf.config import TRAIN, Config
 
 
 def policy_ranks(config: Config) -> int:
-    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config."""
+    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when the task does not train."""
+    if config.task not in TRAIN:
+        return 0
     assert config.nproc_per_node is not None, "resolve the config first"
     return config.nnodes * config.nproc_per_node
 
@@ -30,6 +32,11 @@ def rollout_engines(config: Config) -> int:
     if config.rollout.num_engines is not None:
         return config.rollout.num_engines
     return policy_ranks(config) // config.vllm_tensor_parallel_size if config.vllm_mode == "colocate" else 1
+
+
+def own_places(config: Config) -> bool:
+    """Whether engines have places (GPUs, or cores) of their own, instead of the policy's."""
+    return config.task not in TRAIN or (config.task == "rlhf" and config.vllm_mode == "server")
 
 
 def needs_reference(config: Config) -> bool:

@@ -73,7 +73,7 @@ def local_file(name: str) -> tuple[str | None, int | None]:
 
 
 def _check_file(path: str, config: Any, limit: int) -> None:
-    prompts = config.task == "rlhf"
+    prompts = config.task != "sft"
     built_in = prompts and not config.external_plugins  # a plug-in may take a built-in's name
     functions = [name for name in config.reward_funcs if name in NEEDS_SOLUTION] if built_in else []
     empty = True

@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+"""Entry point: `python rlhf/main.py TASK [--config FILE] [--key value ...]`, TASK as in --help; the console script `megaray`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint", file=sys.stderr)
+        resumes = argv[0] in ("sft", "rlhf")
+        advice = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint" if resumes else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
 
 

@@ -97,7 +97,10 @@ def local_model(name: str, *, use_hf: bool, weights: bool = True) -> Path:
     """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"--model {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
+        raise ValueError(
+            f"--model {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged (infer and eval take "
+            "--adapters too)"
+        )
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

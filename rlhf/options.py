@@ -6,14 +6,16 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import ALL, Config, FrozenRole, RolloutRole
+from rlhf import inference_check
+from rlhf.adapter import with_adapter
+from rlhf.config import ALL, DEFAULTS, TRAIN, Config, FrozenRole, RolloutRole
 from rlhf.devices import find_devices
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
@@ -23,13 +25,15 @@ from rlhf.validation import check_parsed, validate
 
 ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
 PASS_THROUGH = ("megatron", "vllm")
-ALIASES = {"ref_model": "reference.model"}
-LATER = ("pt", "export", "infer", "eval", "rollout")
+ALIASES = {"ref_model": "reference.model", "max_new_tokens": "max_completion_length"}
+LATER = ("pt", "export")
 
 USAGE = """usage: megaray sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray infer|eval [...]                   questions answered; responses to a dataset scored
+       megaray rollout [...]                      engines for `rlhf --vllm_mode server` in another terminal
        megaray plan sft|rlhf [the same options]   batches, placement and memory; nothing is started
        megaray check                              the environment, and the command that mends what is missing
-       megaray [sft|rlhf] --help"""
+       megaray [sft|rlhf|infer|eval|rollout] --help"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +70,19 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     for whatever its user must mend.
     """
     config = parse(argv)
-    check_parsed(config)
+    trains = config.task in TRAIN
+    if config.adapters:
+        config = with_adapter(config)
+    check_parsed(config) if trains else inference_check.check_parsed(config)
     reference = config.reference
     if reference.model is not None:
         reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
     folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
     config = replace(config, model=str(folder), reference=reference)
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
+    if not trains:
+        inference_check.validate(config)
+        return config
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
     return config
@@ -85,18 +95,21 @@ def parse(argv: Sequence[str]) -> Config:
     that cannot be understood.
     """
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
-    task = words.pop(0) if words else ""
+    task, known = words.pop(0) if words else "", TRAIN if argv[:1] == ["plan"] else ALL
+    there_are = f"{', '.join(ALL)}, plan {{}} check"
     if task in LATER:
-        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, plan and check")
-    if task not in ALL:
-        raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
+        raise ValueError(f"{task} is known but not supported yet; there are {there_are.format('and')}")
+    if task in ALL and task not in known:
+        raise ValueError(f"there is no plan of {task}: plan is for {' and '.join(TRAIN)}")
+    if task not in known:
+        raise ValueError(f"the first word is {there_are.format('or')}, not {task!r}" + nearest(task, ALL))
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:
         raise ValueError("--config needs a file: --config FILE.yaml")
     for path in given.pop("config", []):
         values |= _flatten(_read_yaml(path))
-    config = Config(task=task)
+    config = Config(task=task, **DEFAULTS.get(task, {}))
     for name, value in (values | given).items():
         config = _with_option(config, name, value)
     return config
@@ -198,7 +211,7 @@ def help_text(task: str | None = None) -> str:
             item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)
         ]
         if options:
-            lines += ["", f"{group.__doc__}:"] + [_help_line(item) for item in options]
+            lines += ["", f"{group.__doc__}:"] + [_help_line(item, DEFAULTS.get(task, {})) for item in options]
     return "\n".join(lines)
 
 
@@ -208,8 +221,10 @@ def _group_of(option: Option) -> type:
     return next(cls for cls in Config.__mro__ if option.field.name in vars(cls).get("__annotations__", {}))
 
 
-def _help_line(option: Option) -> str:
+def _help_line(option: Option, defaults: Mapping[str, Any]) -> str:
+    """`defaults`: those of the task, where they differ."""
     default = option.field.default_factory() if callable(option.field.default_factory) else option.field.default
+    default = defaults.get(option.name, default)
     shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
     shown = str(shown).lower() if isinstance(shown, bool) else shown
     tail = f" [{shown}]" if shown not in (None, "") else ""

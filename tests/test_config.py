@@ -42,12 +42,14 @@ MS_SWIFT = {
     "vllm_max_num_seqs": None, "vllm_enforce_eager": False, "vllm_enable_prefix_caching": True, "output_dir": None,
     "save_steps": 500, "save_total_limit": None, "save_safetensors": True, "no_save_optim": False,
     "no_save_rng": False, "finetune": True, "logging_steps": 5, "report_to": ["tensorboard"],
-    "log_completions": False,
+    "log_completions": False, "adapters": [], "val_dataset": [],
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
     "reward_timeout": 30, "reward_memory": 4, "call_timeout": 1800, "push_timeout": 120, "run_name": None,
-    "deterministic": False, "megatron": {}, "vllm": {},
+    "deterministic": False, "megatron": {}, "vllm": {}, "rollout_name": "rollout",
+    "stream": None,  # ms-swift: False
+    "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
