@@ -87,7 +87,7 @@ def table(found: dict[str, Any]) -> Table:
     cut = f"{found['response_length']:.1f} tokens on average, {found['share_cut']:.1%} cut at the limit"
     lost = "".join(f"; {count} scores lost: {kind}" for kind, count in found["failures"].items())
     caption = f"{found['responses']} responses to {found['prompts']} prompts: {cut}{lost}"
-    lines = Table("reward", box=None, caption=caption, caption_justify="left", caption_style="")
+    lines = Table("reward", box=None, pad_edge=False, caption=caption, caption_justify="left", caption_style="")
     for name in ("mean", "std error", "count"):
         lines.add_column(name, justify="right")
     total = {"weighted sum": found["reward"]} if len(found["rewards"]) > 1 else {}
