@@ -43,7 +43,7 @@ def ready(config: Config, address: str, *, own_ray: bool) -> str:
     count, name = config.rollout.num_engines, config.rollout_name
     engines = "1 rollout engine" if count == 1 else f"{count} rollout engines"
     choice = f" --rollout_name {shlex.quote(name)}" if name != Config().rollout_name else ""
-    where = f"on this machine (elsewhere with RAY_ADDRESS={address})" if own_ray else f"on the Ray cluster at {address}"
+    where = "on this machine" if own_ray else f"on the Ray cluster at {address}"
     return (
         f"ready: {engines} named {name} for {config.model} ({config.torch_dtype}, {config.vllm_max_model_len} tokens). A job\n"
         f"  megaray rlhf --rlhf_type grpo --vllm_mode server{choice} ...\n{where} uses them, one job at a time. Ctrl-C ends them."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 
 ATTEMPTS = 3
@@ -27,6 +28,8 @@ def start_ray(*, address: str | None = None, **options: Any) -> str:
     address = address or cluster_address()
     if address == LOCAL:
         options.setdefault("include_dashboard", False)
+    elif not os.environ.get("RAY_ADDRESS"):  # found on this machine: it has this user's token, which Ray uses when left to find it
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(address=address, logging_level="ERROR", **options)
