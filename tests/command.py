@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,14 @@ def start(*arguments: Any, log: Path, address: str = "local", **environment: str
     env = os.environ | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"} | environment
     with open(log, "w") as file:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=log.parent, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=log.parent,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may have it ignored
         )
 
 
