@@ -7,6 +7,8 @@ bundles. In server mode each engine has bundles of its own. The data and reward 
 from __future__ import annotations
 
 import os
+import subprocess
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +34,7 @@ from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
 from rlhf.named_engines import NAMESPACE, NamedEngines, engine_name, find_engines, is_offered, job_name
-from rlhf.ray_start import announced_address, start_ray
+from rlhf.ray_start import add_node, find_announced, has_other_devices, start_ray
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
 
@@ -45,6 +47,7 @@ QUIET = {  # what the libraries would print in every actor
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+RELEASE_SECONDS = 10.0
 SHARES = 4  # actors that may sit on one bundle: each asks for this fraction of it
 
 
@@ -79,6 +82,7 @@ class Cluster:
     def __init__(self, config: Config, *, policy_ranks: int, num_engines: int):
         self.config, self.policy_ranks, self.num_engines = config, policy_ranks, num_engines
         self.address: str | None = None  # of the Ray that was joined or started here, LOCAL for the latter
+        self.node: subprocess.Popen | None = None  # of this run's own, in another command's Ray
         self.named: NamedEngines | None = None  # of `megaray rollout`, which this run uses
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
@@ -98,6 +102,9 @@ class Cluster:
         self.release()
         if self.address is not None:
             ray.shutdown()
+        if self.node is not None:
+            self.node.terminate()
+            self.node.wait()
 
     def release(self) -> None:
         """End every actor, and give the places back."""
@@ -107,7 +114,9 @@ class Cluster:
             ray.kill(actor)
         self.actors = []
         if self.placement is not None:
-            remove_placement_group(self.placement)
+            removal = threading.Thread(target=remove_placement_group, args=(self.placement,), daemon=True)
+            removal.start()
+            removal.join(RELEASE_SECONDS)  # it never ends when a signal to all processes has ended Ray's before this one
             self.placement = None
 
     def build(self) -> Roles:
@@ -172,17 +181,19 @@ class Cluster:
     def _connect(self) -> None:
         """Join the cluster that RAY_ADDRESS, a submitted job or a `ray start` on this machine names; else start one here.
 
-        vllm_mode server joins the one of a `megaray rollout` on this machine.
+        vllm_mode server joins that of a `megaray rollout` on this machine, and brings this terminal's devices if they are others.
         """
         if not ray.is_initialized():
             under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
             config = self.config
-            found = announced_address(config.rollout_name) if config.task == "rlhf" and own_places(config) else None
-            self.address = start_ray(
-                address=found, namespace=NAMESPACE, runtime_env={"env_vars": environment | QUIET}, log_to_driver=True
-            )
+            found = find_announced(config.rollout_name) if config.task == "rlhf" and own_places(config) else None
+            variables = {"env_vars": environment | QUIET}
+            address = found.address if found else None
+            self.address = start_ray(address=address, namespace=NAMESPACE, runtime_env=variables, log_to_driver=True)
+            if found and has_other_devices(found):
+                self.node = add_node(found.address)
 
     def _find_engines(self) -> None:
         """Use the engines of a `megaray rollout`, if there are some; and do not offer others of the same name."""

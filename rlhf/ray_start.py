@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
+from ray._private.utils import set_kill_on_parent_death_linux
 
 ATTEMPTS = 3
+NODE_SECONDS = 60.0
 LOCAL = "local"  # a Ray of this run's own
 
 
@@ -28,7 +35,7 @@ def start_ray(*, address: str | None = None, **options: Any) -> str:
     address = address or cluster_address()
     if address == LOCAL:
         options.setdefault("include_dashboard", False)
-    elif not os.environ.get("RAY_ADDRESS"):  # found on this machine: it has this user's token, which Ray uses when left to find it
+    elif not os.environ.get("RAY_ADDRESS"):  # found on this machine; Ray uses the user's token only for what it finds itself
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -59,28 +66,59 @@ def cluster_address() -> str:
     return address
 
 
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """A Ray that was started on this machine for the engines it has."""
+
+    address: str  # host:port
+    devices: str | None  # CUDA_VISIBLE_DEVICES of who started it
+
+
 @contextmanager
 def announced(name: str, address: str) -> Iterator[None]:
-    """For the length of a block, jobs on this machine find the Ray at `address` by the name of the engines on it."""
+    """For the length of a block, jobs on this machine find this process's Ray at `address` by the name of its engines."""
     file = _announcement(name)
     file.parent.mkdir(mode=0o700, exist_ok=True)
-    file.write_text(address)
+    file.write_text(json.dumps({"address": address, "devices": os.environ.get("CUDA_VISIBLE_DEVICES")}))
     try:
         yield
     finally:
-        if announced_address(name) in (None, address):
-            file.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
-def announced_address(name: str) -> str | None:
-    """host:port of the Ray that has the engines `name` and answers; None without one, or when RAY_ADDRESS decides."""
+def find_announced(name: str) -> Announcement | None:
+    """The Ray that has the engines `name` and answers; None without one, or when RAY_ADDRESS decides."""
     if os.environ.get("RAY_ADDRESS"):
         return None
     try:
-        address = _announcement(name).read_text()
-    except OSError:
+        found = Announcement(**json.loads(_announcement(name).read_text()))
+    except (OSError, ValueError, TypeError):
         return None
-    return None if _unreachable(address) else address
+    return None if _unreachable(found.address) else found
+
+
+def has_other_devices(found: Announcement) -> bool:
+    """Whether this process may use devices that the announced Ray does not have."""
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None not in (own, found.devices) and not set(own.split(",")) & set(found.devices.split(","))
+
+
+def add_node(address: str) -> subprocess.Popen:
+    """A Ray node of this process's devices, in the cluster that it is connected to; it lives no longer than this process.
+
+    RuntimeError when the node does not come.
+    """
+    before = len(ray.nodes())
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--block"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    node = subprocess.Popen([*command, "--dashboard-agent-listen-port=0"], preexec_fn=set_kill_on_parent_death_linux, **quiet)
+    end = time.monotonic() + NODE_SECONDS
+    while len(ray.nodes()) == before:
+        if node.poll() is not None or time.monotonic() > end:
+            node.kill()
+            raise RuntimeError(f"a Ray node of the devices of this terminal did not join {address}: {' '.join(command)}")
+        time.sleep(0.2)
+    return node
 
 
 def _announcement(name: str) -> Path:

@@ -25,7 +25,7 @@ from tiny import make_tiny_model
 from actors.group import ActorGroup
 from rlhf.config import Config, RolloutRole
 from rlhf.named_engines import NamedEngines
-from rlhf.ray_start import announced, announced_address
+from rlhf.ray_start import Announcement, announced, find_announced, has_other_devices
 from rlhf.rollout import RolloutEngines
 from tests.model_json import TINY, write_model
 
@@ -106,26 +106,38 @@ def test_an_address_is_announced_as_long_as_it_answers(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert announced_address("e") is None
+        assert find_announced("e") is None
         with announced("e", address):
-            assert announced_address("e") == address and announced_address("other") is None
+            assert find_announced("e") == Announcement(address=address, devices="4,5")
+            assert find_announced("other") is None
             monkeypatch.setenv("RAY_ADDRESS", "local")
-            assert announced_address("e") is None
+            assert find_announced("e") is None
             monkeypatch.delenv("RAY_ADDRESS")
-        assert announced_address("e") is None
+        assert find_announced("e") is None
     with announced("e", address):
-        assert announced_address("e") is None
+        assert find_announced("e") is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "other"), [("4,5", "0,1", True), ("4,5", "0,4", False), (None, "0", False), ("4", None, False)]
+)
+def test_a_job_brings_its_devices_when_both_terminals_have_some_of_their_own(monkeypatch, theirs, ours, other):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    assert has_other_devices(Announcement(address="host:1", devices=theirs)) is other
 
 
 ASK = """
 import json, sys
 import ray
-from rlhf.ray_start import announced_address, start_ray
-start_ray(address=announced_address("rollout"), namespace="megaray", log_to_driver=False)
+from rlhf.ray_start import find_announced, start_ray
+start_ray(address=find_announced("rollout").address, namespace="megaray", log_to_driver=False)
 import numpy as np
 engine = ray.get_actor("rollout-0", namespace="megaray")
 version = ray.get(engine.version.remote())
@@ -161,7 +173,7 @@ def greedy(folder: Path) -> list[list[int]]:
 def terminals(models, tmp_path):
     """Starts commands that find each other: (environment, start a rollout, start a job)."""
     temporary = tempfile.mkdtemp(prefix="mr", dir="/tmp")  # a short path: Ray's sockets lie in it
-    environment = {"TMPDIR": temporary, "RAY_ADDRESS": ""}
+    environment = {"TMPDIR": temporary, "RAY_ADDRESS": "", "CUDA_VISIBLE_DEVICES": "1"}
     rows = [{"messages": [{"role": "user", "content": f"what is {a}+{a}?"}]} for a in range(40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "variety.py").write_text(
@@ -176,7 +188,7 @@ def terminals(models, tmp_path):
         command.wait_until(lambda: re.search("^ready: ", log.read_text(), re.MULTILINE), started[-1], log=log)
         return started[-1]
 
-    def train(name: str, **given) -> subprocess.Popen:
+    def train(name: str, devices: str = "1", **given) -> subprocess.Popen:
         options = {
             "rlhf_type": "grpo", "vllm_mode": "server", "model": models["a"], "dataset": tmp_path / "data.jsonl",
             "external_plugins": tmp_path / "variety.py", "reward_funcs": "variety", "template_backend": "jinja",
@@ -184,7 +196,8 @@ def terminals(models, tmp_path):
             "max_completion_length": 12, "max_length": 64, "vllm_max_model_len": 128, "lr": 1e-2, "beta": 0, "save_steps": 1,
             "report_to": "none", "reward_workers": 1, "logging_steps": 1, "train_iters": 2, "call_timeout": 120,
         }  # fmt: skip
-        started.append(command.start("rlhf", *words(options | given), log=tmp_path / f"{name}.log", **environment))
+        variables = environment | {"CUDA_VISIBLE_DEVICES": devices}
+        started.append(command.start("rlhf", *words(options | given), log=tmp_path / f"{name}.log", **variables))
         return started[-1]
 
     yield environment, rollout, train
@@ -208,8 +221,9 @@ def test_two_jobs_train_with_the_engines_of_a_rollout_command(terminals, models,
     first = rollout()
     started = psutil.Process(first.pid).children(recursive=True)
     before = greedy(models["a"])
-    for name, model in (("one", "a"), ("two", "b")):
-        output = ends(train(name, model=models[model]), tmp_path / f"{name}.log")
+    cores = len(os.sched_getaffinity(0))
+    for name, model, job in (("one", "a", {}), ("two", "b", {"devices": "0", "cpus_per_rank": cores})):
+        output = ends(train(name, model=models[model], **job), tmp_path / f"{name}.log")  # two: more than the engine leaves
         assert "using the rollout engines named rollout of `megaray rollout`: 1" in output
         assert [row["weight_version"] for row in command.metrics(tmp_path / name)] == [1, 2]
         version, responses = asked(environment)
