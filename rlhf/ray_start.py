@@ -52,7 +52,7 @@ def cluster_address() -> str:
 
     Raises ValueError when RAY_ADDRESS names one that does not answer: `ray.init` would wait for it without end.
     """
-    given = os.environ.get("RAY_ADDRESS")
+    given = os.environ.get("RAY_ADDRESS") or None  # empty: not given
     if given and "://" in given:
         raise ValueError(f"RAY_ADDRESS {given} is for `ray job submit`: here give HOST:PORT of the head node, or {LOCAL}")
     address = canonicalize_bootstrap_address(given)

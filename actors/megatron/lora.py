@@ -31,7 +31,6 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
     model.has_adapter = True
@@ -82,7 +81,8 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         targets = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in list(file.keys()) if ".lora_" in name}
     settings = model.module.peft_config["default"]
-    replace(settings, target_modules=targets, task_type="CAUSAL_LM", inference_mode=True).save_pretrained(str(folder))
+    described = {"base_model_name_or_path": str(model.folder), "task_type": "CAUSAL_LM", "inference_mode": True}
+    replace(settings, target_modules=targets, **described).save_pretrained(str(folder))
 
 
 def adapter_parameters(state: dict[str, Any]) -> dict[str, Any]:
