@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
 from rlhf.named_engines import NAMESPACE, NamedEngines, engine_name, find_engines, is_offered, job_name
-from rlhf.ray_start import add_node, find_announced, has_other_devices, start_ray
+from rlhf.ray_start import add_node, find_announced, has_other_devices, start_ray, within
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
 
@@ -114,9 +113,7 @@ class Cluster:
             ray.kill(actor)
         self.actors = []
         if self.placement is not None:
-            removal = threading.Thread(target=remove_placement_group, args=(self.placement,), daemon=True)
-            removal.start()
-            removal.join(RELEASE_SECONDS)  # it never ends when a signal to all processes has ended Ray's before this one
+            within(RELEASE_SECONDS, remove_placement_group, self.placement)
             self.placement = None
 
     def build(self) -> Roles:

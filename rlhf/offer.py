@@ -11,7 +11,7 @@ import ray
 from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.named_engines import is_taken
-from rlhf.ray_start import LOCAL, announced
+from rlhf.ray_start import LOCAL, announced, within
 
 WATCH_SECONDS = 1.0  # between two looks at the engines
 JOB_ENDS_WITHIN = 30.0  # seconds that a job gets to notice that its engines are gone
@@ -32,10 +32,14 @@ def offer(cluster: Cluster) -> None:
                     print(f"rollout engine {index} died: another one has taken its place", flush=True)
     except KeyboardInterrupt:
         cluster.release()
-        end = time.monotonic() + JOB_ENDS_WITHIN
-        while is_taken(config.rollout_name) and time.monotonic() < end:  # it still needs this Ray, to end in order
-            time.sleep(0.2)
+        within(JOB_ENDS_WITHIN, wait_for_job, config.rollout_name)
         print(f"the rollout engines named {config.rollout_name} are gone")
+
+
+def wait_for_job(name: str) -> None:
+    """Until no job uses the engines: one that does still needs this Ray, to end in order."""
+    while is_taken(name):
+        time.sleep(0.2)
 
 
 def ready(config: Config, address: str, *, own_ray: bool) -> str:

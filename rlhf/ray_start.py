@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,13 @@ def add_node(address: str) -> subprocess.Popen:
             raise RuntimeError(f"a Ray node of the devices of this terminal did not join {address}: {' '.join(command)}")
         time.sleep(0.2)
     return node
+
+
+def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call `function`, and wait no longer than that: a Ray whose processes got the signal that ends this one does not answer."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _announcement(name: str) -> Path:
