@@ -255,7 +255,7 @@ class RewardOptions:
 class SamplingOptions:
     """Sampling and vLLM"""
 
-    max_completion_length: int = samples(512, "longest response, in tokens", least=1)
+    max_completion_length: int = samples(512, "longest response, in tokens; also called max_new_tokens", least=1)
     temperature: float = samples(0.9, "of sampling, and of the logprobs in training (0, for infer and eval: greedy)", least=0)
     top_p: float = samples(1.0, "nucleus sampling", above=0, most=1)
     top_k: int = samples(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
