@@ -46,12 +46,14 @@ MS_SWIFT = {
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
     "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
-    "gkd_logits_topk": None,
+    "gkd_logits_topk": None, "adapters": [],
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
     "reward_timeout": 30, "reward_memory": 4, "call_timeout": 1800, "push_timeout": 120, "run_name": None,
-    "deterministic": False, "megatron": {}, "vllm": {},
+    "deterministic": False, "megatron": {}, "vllm": {}, "rollout_name": "rollout",
+    "stream": None,  # ms-swift: False
+    "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses

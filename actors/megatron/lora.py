@@ -33,7 +33,6 @@ def add_adapter(model: Model, config: Any) -> None:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         modules_to_save=["output_layer"] if model.head.kind == "seq_cls" else None,
-        base_model_name_or_path=str(model.folder),
     )
     model.module = get_peft_model(model.module, settings)
     model.has_adapter = True
@@ -91,6 +90,7 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
     settings = replace(
         model.module.peft_config["default"],
         target_modules=targets,
+        base_model_name_or_path=str(model.folder),
         task_type=task_type,
         modules_to_save=trained,
         inference_mode=True,
