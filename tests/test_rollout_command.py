@@ -72,7 +72,7 @@ def test_an_engine_serves_another_run_from_its_first_version(local_ray, models):
 def job(tmp_path) -> Config:
     folder = write_model(tmp_path / "job", TINY)
     limits = {"torch_dtype": "float32", "vllm_max_model_len": 128}
-    return Config(task="rlhf", vllm_mode="server", model=str(folder), **limits)
+    return Config(task="grpo", vllm_mode="server", model=str(folder), **limits)
 
 
 @pytest.mark.parametrize(
