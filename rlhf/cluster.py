@@ -7,6 +7,7 @@ model) share the policy's bundles. In server mode each engine has bundles of its
 from __future__ import annotations
 
 import os
+import subprocess
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,17 +26,19 @@ from actors.frozen import Frozen
 from actors.group import ActorGroup, RankGroup
 from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
+from actors.prompts import PromptEncoder
 from actors.reward import RewardWorker
 from actors.rollout import RolloutEngine
-from rlhf.config import Config
-from rlhf.counts import frozen_group, samples, total_steps
+from rlhf.config import INFER, Config
+from rlhf.counts import frozen_group, own_places, samples, total_steps
 from rlhf.data import DataFailure, PromptedRowStream, PromptStream, RowStream
 from rlhf.devices import find_devices
 from rlhf.fit import MOST, check_host, fit, note, warning
 from rlhf.memory import GIB, phases, shapes
 from rlhf.model_folder import excess_ids
 from rlhf.model_reward import ModelReward
-from rlhf.ray_start import start_ray
+from rlhf.named_engines import NAMESPACE, NamedEngines, engine_name, find_engines, is_offered, job_name
+from rlhf.ray_start import add_node, find_announced, has_other_devices, start_ray, within
 from rlhf.rollout import RolloutEngines
 from rlhf.scoring import Scorer
 from rlhf.teacher_responses import complete_responses
@@ -50,6 +53,7 @@ QUIET = {  # what the libraries would print in every actor
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+RELEASE_SECONDS = 10.0
 SHARES = 4  # actors that may sit on one bundle: each asks for this fraction of it
 
 
@@ -69,12 +73,24 @@ class Roles:
         return [role for role in (self.policy, self.reference, self.teacher, self.rollout, self.scorer) if role is not None]
 
 
+@dataclass(kw_only=True)
+class InferenceRoles:
+    """What infer and eval work with."""
+
+    rollout: RolloutEngines
+    data: PromptStream | None = None  # of a dataset
+    encoder: Any | None = None  # handle of a PromptEncoder, without one
+    scorer: Scorer | None = None
+
+
 class Cluster:
     """The resources of one run; a context manager that gives them back."""
 
     def __init__(self, config: Config, *, policy_ranks: int, num_engines: int):
         self.config, self.policy_ranks, self.num_engines = config, policy_ranks, num_engines
-        self.started_ray = False
+        self.address: str | None = None  # of the Ray that was joined or started here, LOCAL for the latter
+        self.node: subprocess.Popen | None = None  # of this run's own, in another command's Ray
+        self.named: NamedEngines | None = None  # of `megaray rollout`, which this run uses
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
         self.bundles: list[int] = []  # of the placement group, those of a node one after another
@@ -83,19 +99,30 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._connect()
+        self._find_engines()
         self._reserve()
-        self._fit()
+        if self.policy_ranks:
+            self._fit()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+        if self.address is not None:
+            ray.shutdown()
+        if self.node is not None:
+            self.node.terminate()
+            self.node.wait()
+
+    def release(self) -> None:
+        """End every actor, and give the places back."""
         if self.scorer is not None:
             self.scorer.close()
         for actor in self.actors:
             ray.kill(actor)
+        self.actors = []
         if self.placement is not None:
-            remove_placement_group(self.placement)
-        if self.started_ray:
-            ray.shutdown()
+            within(RELEASE_SECONDS, remove_placement_group, self.placement)
+            self.placement = None
 
     def build(self, folder: Path) -> Roles:
         """Create every actor of the task and wait until all are ready. They start side by side.
@@ -174,6 +201,28 @@ class Cluster:
         """One process for models in transformers, on the driver's node."""
         kind = ray.remote(concurrency_groups={"report": 1})(HuggingFaceModel)
         return ActorGroup("transformers", [self._create(kind, self._beside_driver())], timeout=self.config.call_timeout)
+    def build_inference(self) -> InferenceRoles:
+        """Create what infer or eval needs, and wait until it is ready: engines with the model's own weights."""
+        config = self.config
+        reader = self._data_worker() if config.dataset else self._create(ray.remote(PromptEncoder), {"num_cpus": 0})
+        setup = reader.setup.remote()
+        if config.task == "eval":
+            self.scorer = Scorer(self._reward_worker, config)
+        roles = InferenceRoles(rollout=self.build_engines(), scorer=self.scorer)
+        info = self._answer(setup, f"the setup of the {'data worker' if config.dataset else 'prompt encoder'}")
+        roles.rollout.setup()
+        if not config.dataset:
+            roles.encoder = reader
+            roles.rollout.stop_words += info
+            return roles
+        print(info.describe())
+        roles.rollout.stop_words += info.end_tokens
+        roles.data = PromptStream(reader, num_rows=info.num_rows, timeout=config.call_timeout, ahead=False)
+        return roles
+
+    def build_engines(self) -> RolloutEngines:
+        """Engines alone; `setup` waits for them."""
+        return self._rollout([])
 
     def _answer(self, ref: ray.ObjectRef, what: str) -> Any:
         try:
@@ -184,18 +233,37 @@ class Cluster:
             raise DataFailure(f"{what} failed: {error}") from error
 
     def _connect(self) -> None:
-        """Join the cluster that RAY_ADDRESS, a submitted job or a `ray start` on this machine names; else start one here."""
+        """Join the cluster that RAY_ADDRESS, a submitted job or a `ray start` on this machine names; else start one here.
+
+        vllm_mode server joins that of a `megaray rollout` on this machine, and brings this terminal's devices if they are others.
+        """
         if not ray.is_initialized():
             under_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             paths = [] if under_job else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-            start_ray(runtime_env={"env_vars": environment | QUIET}, log_to_driver=True)
-            self.started_ray = True
+            config = self.config
+            found = find_announced(config.rollout_name) if samples(config) and own_places(config) else None
+            variables = {"env_vars": environment | QUIET}
+            address = found.address if found else None
+            self.address = start_ray(address=address, namespace=NAMESPACE, runtime_env=variables, log_to_driver=True)
+            if found and has_other_devices(found):
+                self.node = add_node(found.address)
+
+    def _find_engines(self) -> None:
+        """Use the engines of a `megaray rollout`, if there are some; and do not offer others of the same name."""
+        name = self.config.rollout_name
+        if self.config.task == "rollout" and is_offered(name):
+            raise ValueError(f"this Ray cluster has rollout engines named {name}: end them, or choose another --rollout_name")
+        if samples(self.config) and own_places(self.config):
+            self.named = find_engines(name)
+        if self.named is not None:
+            self.config, self.num_engines = self.named.adopt(self.config), self.named.count
+            print(f"using the rollout engines named {name} of `megaray rollout`: {self.num_engines}")
 
     def _reserve(self) -> None:
         """Reserve the bundles: policy ranks first, then the engines of server mode."""
         config = self.config
-        own_bundles = self.num_engines * config.vllm_tensor_parallel_size if self._server_mode else 0
+        own_bundles = 0 if self.named or not own_places(config) else self.num_engines * config.vllm_tensor_parallel_size
         count = self.policy_ranks + own_bundles
         bundle = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
@@ -208,7 +276,8 @@ class Cluster:
                     f"{each * count:g}, the cluster has {have:g}: lower nproc_per_node, rollout.num_engines or cpus_per_rank, "
                     "or add nodes"
                 )
-        self.placement = placement_group([bundle] * count, strategy="PACK")
+        name = config.rollout_name if config.task == "rollout" else ""
+        self.placement = placement_group([bundle] * count, strategy="PACK", name=name)
         if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
             raise ValueError(
                 f"Ray could not place {count} bundles of {bundle}: other jobs hold the cluster's resources "
@@ -243,10 +312,15 @@ class Cluster:
     @property
     def _shares_gpus(self) -> bool:
         """Engines and policy use the same GPUs by turns."""
-        return not self._server_mode and "GPU" in self.placement.bundle_specs[0]
+        return not own_places(self.config) and "GPU" in self.placement.bundle_specs[0]
 
     def _rollout(self, ranks: list[RankGroup]) -> RolloutEngines:
         """The engines; where they share GPUs with `ranks`, each rank pushes to those on its own GPU."""
+        if self.named is not None:
+            config = self.config
+            return RolloutEngines(
+                self.named, num_engines=self.num_engines, config=config, start=lambda engine: engine.serve.remote(config)
+            )
         if not self._shares_gpus:
             return RolloutEngines(self._engine, num_engines=self.num_engines, config=self.config)
         width = self.config.vllm_tensor_parallel_size
@@ -260,10 +334,6 @@ class Cluster:
         for group in ranks:
             group.before_work = partial(rollout.make_room, group)
         return rollout
-
-    @property
-    def _server_mode(self) -> bool:
-        return samples(self.config) and self.config.vllm_mode == "server"
 
     def _ranks(self, kind: type, count: int, *, env: dict[str, str] | None = None, **arguments: Any) -> list[Any]:
         return [
@@ -279,10 +349,15 @@ class Cluster:
         ]
 
     def _engine(self, index: int) -> Any:
-        first = index * self.config.vllm_tensor_parallel_size
-        place = self._on_bundle(first + self.policy_ranks, share=1) if self._server_mode else self._on_bundle(first)
+        config = self.config
+        first = index * config.vllm_tensor_parallel_size
+        options = self._on_bundle(first + self.policy_ranks, share=1) if own_places(config) else self._on_bundle(first)
+        if config.task == "rollout":
+            options |= {"name": engine_name(config.rollout_name, index), "namespace": NAMESPACE}
         kind = ray.remote(max_concurrency=1000)(RolloutEngine)
-        return self._create(kind, place, index=index, sleeps=self._shares_gpus, env=rollout_actor.ENVIRONMENT)
+        loads = config.task in INFER
+        arguments = {"index": index, "load_weights": loads, "sleeps": self._shares_gpus}
+        return self._create(kind, options, env=rollout_actor.ENVIRONMENT, **arguments)
 
     def _teacher_engine(self, index: int, config: Config) -> Any:
         """One with the model folder's weights, on the place of a rank that does not use it yet."""
@@ -293,9 +368,10 @@ class Cluster:
         return self._create(ray.remote(RewardWorker), {"num_cpus": 0})
 
     def _data_worker(self) -> Any:
-        """On the driver's node, where the dataset files are."""
+        """On the driver's node, where the dataset files are. Its name says that named engines are taken."""
         kind = ray.remote(concurrency_groups={"report": 1})(DataWorker)
-        return self._create(kind, self._beside_driver())
+        name = {"name": job_name(self.named.name), "namespace": NAMESPACE} if self.named else {}
+        return self._create(kind, self._beside_driver() | name)
 
     def _beside_driver(self) -> dict[str, Any]:
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

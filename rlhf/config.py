@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 GRPO = ("grpo",)
-SAMPLED = ("grpo", "gkd")  # tasks whose responses come from rollout engines
+SCORED = ("grpo", "eval")  # tasks with rewards
+SAMPLED = ("grpo", "gkd")  # tasks that train on responses of rollout engines
 TEXTS = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose dataset says which tokens are trained
 REFERRED = ("grpo", "dpo", "kto")  # tasks with a reference
 PAIRED = ("dpo", "rm")  # tasks whose rows are two answers to one question
@@ -20,12 +21,21 @@ RERANKERS = ("reranker", "generative_reranker")  # tasks that score documents fo
 HEADED = ("rm", "seq_cls", *RERANKERS, "embedding")  # tasks on what the model says at a sequence's last token
 ROWS = ("pt", "sft", "dpo", "kto", "gkd", *HEADED)  # tasks that train on the dataset's rows
 PACKED = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose rows are put into packs of equal size
+INFER = ("infer", "eval")  # tasks that answer with a model as it is
+EXPORT = ("export",)
+ANSWERING = (*SAMPLED, *INFER)  # tasks with responses
+ENGINES = (*ANSWERING, "rollout")  # tasks with rollout engines
 TrainingTask = Literal[
     "pt", "sft", "dpo", "kto", "rm", "gkd", "grpo", "seq_cls", "reranker", "generative_reranker", "embedding"
 ]
-Task = Literal[TrainingTask, "export"]
+Task = Literal[TrainingTask, "infer", "eval", "rollout", "export"]
 ALL: tuple[TrainingTask, ...] = get_args(TrainingTask)  # tasks that train
-EXPORT = ("export",)
+EVERY: tuple[Task, ...] = get_args(Task)
+READING = (*ALL, *INFER)  # tasks with a dataset
+RUNNING = (*READING, "rollout")  # all but conversions
+DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(  # of a task, where they are not those of training
+    INFER, {"temperature": 0.0, "num_generations": 1, "max_completion_length": 2048, "dataset_shuffle": False}
+)
 
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 DPO_LOSSES = (
@@ -69,32 +79,37 @@ dpo = partial(option, tasks=("dpo",))
 kto = partial(option, tasks=("kto",))
 seq_cls = partial(option, tasks=("seq_cls",))
 gkd = partial(option, tasks=("gkd",))
+reads = partial(option, tasks=READING)
+answers = partial(option, tasks=ANSWERING)
+engine = partial(option, tasks=ENGINES)
+scores = partial(option, tasks=SCORED)
+infer = partial(option, tasks=INFER)
 own = partial(option, own=True)
-own_grpo = partial(option, tasks=GRPO, own=True)
 own_sampled = partial(option, tasks=SAMPLED, own=True)
 own_referred = partial(option, tasks=REFERRED, own=True)
 own_gkd = partial(option, tasks=("gkd",), own=True)
 export = partial(option, tasks=EXPORT)
 common = partial(option, tasks=(*ALL, *EXPORT))
 own_common = partial(common, own=True)
+own_scores = partial(scores, own=True)
 
 
 def reads_prompts(config: Any) -> bool:
     """Whether rows are read as prompts: some of their answers are sampled."""
-    return config.task == "grpo" or config.task == "gkd" and (config.lmbda > 0 or config.seq_kd)
+    return config.task in ("grpo", *INFER) or config.task == "gkd" and (config.lmbda > 0 or config.seq_kd)
 
 
 def reads_answers(config: Any) -> bool:
     """Whether the answers in the rows are trained on."""
-    return config.task != "grpo" and not (config.task == "gkd" and (config.lmbda == 1 or config.seq_kd))
+    return config.task not in ("grpo", *INFER) and not (config.task == "gkd" and (config.lmbda == 1 or config.seq_kd))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRole:
     """Rollout engines (rollout.NAME)"""
 
-    num_engines: int | None = own_sampled(
-        None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; server: 1)", least=1
+    num_engines: int | None = engine(
+        None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; otherwise 1)", own=True, least=1
     )
 
 
@@ -122,29 +137,35 @@ class TeacherRole(FrozenRole):
 class ModelOptions:
     """Model"""
 
-    model: str | None = common(None, "model folder, or hub id")
+    model: str | None = option(None, "model folder, or hub id", tasks=EVERY)
     mcore_model: str | None = common(None, "folder with a Megatron checkpoint of the model, instead of model")
-    use_hf: bool = common(False, "take hub ids from Hugging Face (otherwise ModelScope)")
-    model_type: str | None = option(None, "ms-swift's name of the architecture (default: from config.json)")
-    torch_dtype: Literal["float32", "bfloat16"] | None = common(None, "dtype of the weights (default: the model's own)")
-    template: str | None = option(None, "ms-swift's chat template (default: the model's own)")
-    template_backend: Literal["swift", "jinja"] = option("swift", "who renders the chat template")
-    system: str | None = option(None, "system prompt for conversations that have none")
-    seed: int = option(42, "seed of weights, dropout and sampling")
+    adapters: list[str] = option(
+        [], "infer, eval: a LoRA checkpoint, whose base is taken unless model is given; export: an adapter for merge_lora",
+        tasks=(*INFER, *EXPORT),
+    )
+    use_hf: bool = option(False, "take hub ids from Hugging Face (otherwise ModelScope)", tasks=EVERY)
+    model_type: str | None = reads(None, "ms-swift's name of the architecture (default: from config.json)")
+    torch_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "dtype of the weights (default: the model's own)", tasks=EVERY
+    )
+    template: str | None = reads(None, "ms-swift's chat template (default: the model's own)")
+    template_backend: Literal["swift", "jinja"] = reads("swift", "who renders the chat template")
+    system: str | None = reads(None, "system prompt for conversations that have none")
+    seed: int = option(42, "seed of weights, dropout and sampling", tasks=RUNNING)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Data"""
 
-    dataset: list[str] = option([], "files or hub ids, each with an optional #ROWS")
-    max_length: int | None = option(
+    dataset: list[str] = reads([], "files or hub ids, each with an optional #ROWS")
+    max_length: int | None = reads(
         None,
         "longest row, or prompt, in tokens (default: the model's limit; with engines: less max_completion_length)",
         least=1,
     )
-    truncation_strategy: Literal["delete", "left", "right"] | None = option(
-        None, "rows longer than max_length are dropped or cut (default: left for grpo, delete otherwise)"
+    truncation_strategy: Literal["delete", "left", "right"] | None = reads(
+        None, "rows longer than max_length are dropped or cut (default: left for grpo, infer, eval; delete otherwise)"
     )
     loss_scale: str | None = option(
         None, "which tokens are trained: default, last_round, all, ... (default: sft: default; pt: all; else last_round)",
@@ -154,13 +175,15 @@ class DataOptions:
         False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=PACKED
     )
     packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=PACKED, least=1)
-    val_dataset: list[str] = rows([], "files or hub ids to evaluate on, every eval_steps")
+    val_dataset: list[str] = option(
+        [], "files or hub ids to evaluate on, every eval_steps; infer, eval: the same as dataset", tasks=(*ROWS, *INFER)
+    )
     split_dataset_ratio: float = rows(0.0, "share of the rows kept from training, to evaluate on", least=0, most=0.9)
     dataset_shuffle: bool = option(True, "shuffle the rows, by data_seed")
     data_seed: int = option(42, "seed of the order of the rows")
-    dataset_num_proc: int = option(1, "processes that read and map the dataset at the start", least=1)
+    dataset_num_proc: int = reads(1, "processes that read and map the dataset at the start", least=1)
     dataloader_num_workers: int = option(4, "above 0: the next batch is prepared while this one is used", least=0)
-    load_from_cache_file: bool = option(False, "reuse the dataset cache of an earlier run")
+    load_from_cache_file: bool = reads(False, "reuse the dataset cache of an earlier run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +202,11 @@ class ParallelOptions:
     nproc_per_node: int | None = own(
         None, "policy ranks a node (default: $NPROC_PER_NODE, else all GPUs, on CPU those of one model)", least=1
     )
-    cpus_per_rank: float = own_common(1, "CPU cores reserved for a rank or engine without GPUs", above=0)
-    call_timeout: float = own_common(1800, "seconds until an unanswered call ends the run", above=0)
-    deterministic: bool = own(False, "fixed order of requests and seed of each: reruns are equal bit for bit")
+    cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", tasks=EVERY, above=0)
+    call_timeout: float = own(1800, "seconds until an unanswered call ends the run", tasks=EVERY, above=0)
+    deterministic: bool = own(
+        False, "fixed order of requests and seed of each: reruns are equal bit for bit", tasks=RUNNING
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +350,7 @@ class GkdOptions:
 class GrpoOptions:
     """GRPO"""
 
-    num_generations: int = grpo(8, "responses a prompt", least=1)
+    num_generations: int = scores(8, "responses a prompt", least=1)
     generation_batch_size: int | None = grpo(
         None, "responses of one generation batch (default: global_batch_size * steps_per_generation)", least=1
     )
@@ -355,40 +380,46 @@ class GrpoOptions:
 class RewardOptions:
     """Rewards"""
 
-    reward_funcs: list[str] = grpo([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
+    reward_funcs: list[str] = scores([], "accuracy format cosine repetition soft_overlong, or names of plug-ins")
     reward_model: str | None = grpo(None, "folder, or hub id, of a model with one label: its score is a reward, the last one")
-    reward_weights: list[float] | None = grpo(None, "one a function, then the reward model's (default: 1 each)")
-    external_plugins: list[str] = grpo([], "Python files with reward functions")
-    cosine_min_len_value_wrong: float = grpo(-0.5, "cosine: wrong and empty")
-    cosine_max_len_value_wrong: float = grpo(0.0, "cosine: wrong and longest")
-    cosine_min_len_value_correct: float = grpo(1.0, "cosine: right and empty")
-    cosine_max_len_value_correct: float = grpo(0.5, "cosine: right and longest")
-    cosine_max_len: int | None = grpo(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
-    repetition_n_grams: int = grpo(3, "repetition: words of an n-gram", least=1)
-    repetition_max_penalty: float = grpo(-1.0, "repetition: reward of nothing but repetition", most=0)
-    soft_max_length: int | None = grpo(
+    reward_weights: list[float] | None = scores(None, "one a function, then the reward model's (default: 1 each)")
+    external_plugins: list[str] = scores([], "Python files with reward functions")
+    cosine_min_len_value_wrong: float = scores(-0.5, "cosine: wrong and empty")
+    cosine_max_len_value_wrong: float = scores(0.0, "cosine: wrong and longest")
+    cosine_min_len_value_correct: float = scores(1.0, "cosine: right and empty")
+    cosine_max_len_value_correct: float = scores(0.5, "cosine: right and longest")
+    cosine_max_len: int | None = scores(None, "cosine: the longest, in tokens (default: max_completion_length)", least=1)
+    repetition_n_grams: int = scores(3, "repetition: words of an n-gram", least=1)
+    repetition_max_penalty: float = scores(-1.0, "repetition: reward of nothing but repetition", most=0)
+    soft_max_length: int | None = scores(
         None, "soft_overlong: longest unpunished, plus the cache (default: max_completion_length)", least=1
     )
-    soft_cache_length: int | None = grpo(
+    soft_cache_length: int | None = scores(
         None, "soft_overlong: tokens over which the punishment grows to -1 at soft_max_length", least=1
     )
-    reward_workers: int = own_grpo(2, "processes that run reward functions", least=1)
-    reward_timeout: float = own_grpo(30, "seconds for one response's score", above=0)
-    reward_memory: float = own_grpo(4, "GiB of address space of a reward process", above=0)
+    reward_workers: int = own_scores(2, "processes that run reward functions", least=1)
+    reward_timeout: float = own_scores(30, "seconds for one response's score", above=0)
+    reward_memory: float = own_scores(4, "GiB of address space of a reward process", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Sampling and vLLM"""
 
-    max_completion_length: int = sampled(512, "longest response, in tokens", least=1)
-    temperature: float = sampled(0.9, "of sampling, and of the distributions in training", above=0)
-    top_p: float = sampled(1.0, "nucleus sampling", above=0, most=1)
-    top_k: int = sampled(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
-    repetition_penalty: float = sampled(1.0, "of sampling", above=0)
-    stop_words: list[str] = sampled([], "strings that end a response")
+    max_completion_length: int = answers(512, "longest response, in tokens; also called max_new_tokens", least=1)
+    temperature: float = answers(0.9, "of sampling, and of the distributions in training (infer, eval: 0 is greedy)", least=0)
+    top_p: float = answers(1.0, "nucleus sampling", above=0, most=1)
+    top_k: int = answers(-1, "sample from the k likeliest tokens (-1: all)", least=-1)
+    repetition_penalty: float = answers(1.0, "of sampling", above=0)
+    stop_words: list[str] = answers([], "strings that end a response")
     vllm_mode: Literal["colocate", "server"] = sampled("colocate", "share the policy's devices, or have their own")
-    vllm_gpu_memory_utilization: float | None = sampled(
+    rollout_name: str = option(
+        "rollout", "of the engines that `megaray rollout` starts, and vllm_mode server uses", tasks=(*SAMPLED, "rollout"),
+        own=True,
+    )
+    infer_backend: Literal["vllm"] = option("vllm", "who generates", tasks=(*INFER, "rollout"))
+    stream: bool | None = option(None, "answers appear as they are generated (default: unless from a dataset)", tasks=("infer",))
+    vllm_gpu_memory_utilization: float | None = engine(
         None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
     )
     offload_model: bool | None = sampled(
@@ -397,13 +428,13 @@ class SamplingOptions:
     offload_optimizer: bool | None = sampled(
         None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
     )
-    vllm_tensor_parallel_size: int = sampled(1, "devices of one engine", least=1)
-    vllm_max_model_len: int | None = sampled(
-        None, "longest prompt + response, in tokens (default: the two limits together)", least=1
+    vllm_tensor_parallel_size: int = engine(1, "devices of one engine", least=1)
+    vllm_max_model_len: int | None = engine(
+        None, "longest prompt + response, in tokens (default: the two limits together; else the model's)", least=1
     )
-    vllm_max_num_seqs: int | None = sampled(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
-    vllm_enforce_eager: bool = sampled(False, "no CUDA graphs, no compilation")
-    vllm_enable_prefix_caching: bool = sampled(True, "share the KV cache of equal prompts")
+    vllm_max_num_seqs: int | None = engine(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
+    vllm_enforce_eager: bool = engine(False, "no CUDA graphs, no compilation")
+    vllm_enable_prefix_caching: bool = engine(True, "share the KV cache of equal prompts")
     push_timeout: float = own_sampled(120, "seconds for one push of weights to the engines", above=0)
 
 
@@ -411,10 +442,12 @@ class SamplingOptions:
 class OutputOptions:
     """Checkpoints and logs"""
 
-    output_dir: str | None = common(
-        None, "holds one folder a run (default: runs); export: what is written (default: the source's name-mcore, -hf, -merged)"
+    output_dir: str | None = option(
+        None, "holds one folder a run (default: runs); export: what is written (default: the source's name-mcore, -hf, -merged)",
+        tasks=(*READING, *EXPORT),
     )
-    run_name: str | None = own(None, "folder under output_dir (default: task, model and time)")
+    run_name: str | None = own(None, "folder under output_dir (default: task, model and time)", tasks=READING)
+    result_path: str | None = infer(None, "infer: answers, .jsonl; eval: scores, .json (default: in the run's folder)")
     save_steps: int = option(500, "steps between checkpoints", least=1)
     save_total_limit: int | None = option(None, "checkpoints kept (default: all)", least=1)
     save_safetensors: bool = option(True, "a Hugging Face folder in each checkpoint (without: for mcore_model)")
@@ -437,7 +470,6 @@ class ExportOptions:
 
     to_mcore: bool = export(False, "write model as a Megatron checkpoint")
     to_hf: bool = export(False, "write mcore_model as a Hugging Face folder, an adapter added into its base")
-    adapters: list[str] = export([], "folder of a PEFT adapter, for merge_lora")
     test_convert_precision: bool = export(
         False, "compare logits of source and result; exit status 1 when their mean difference is above 1e-4 (bfloat16: 0.1)"
     )
@@ -458,4 +490,4 @@ class Config(
     reference: FrozenRole = field(default_factory=FrozenRole)
     teacher: TeacherRole = field(default_factory=TeacherRole)
     megatron: dict[str, Any] = own_common({}, "--megatron.NAME VALUE goes to Megatron's TransformerConfig as it is")
-    vllm: dict[str, Any] = own_sampled({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is")
+    vllm: dict[str, Any] = engine({}, "--vllm.NAME VALUE goes to vLLM's engine arguments as it is", own=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import ceil
 from pathlib import Path
 
-from rlhf.config import PAIRED, RERANKERS, Config
+from rlhf.config import ALL, PAIRED, RERANKERS, Config
 from rlhf.variables import variable
 
 
 def policy_ranks(config: Config) -> int:
-    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config."""
+    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when the task does not train."""
+    if config.task not in ALL:
+        return 0
     assert config.nproc_per_node is not None, "resolve the config first"
     return config.nnodes * config.nproc_per_node
 
@@ -32,13 +34,13 @@ def expert_copies(config: Config) -> int:
 
 
 def samples(config: Config) -> bool:
-    """Whether the policy's own responses are trained on: there are rollout engines."""
+    """Whether the policy's own responses are trained on: the policy has rollout engines."""
     return config.task == "grpo" or config.task == "gkd" and config.lmbda > 0
 
 
 def rollout_engines(config: Config) -> int:
     """vLLM engines of the run; 0 when the task generates nothing."""
-    if not samples(config):
+    if config.task == "export" or config.task in ALL and not samples(config):
         return 0
     if config.rollout.num_engines is not None:
         return config.rollout.num_engines
@@ -50,6 +52,11 @@ def compares(config: Config) -> bool:
     if config.task == "grpo":
         return bool(config.beta)
     return config.task == "kto" or config.task == "dpo" and not config.reference_free and config.loss_type != "sft"
+
+
+def own_places(config: Config) -> bool:
+    """Whether engines have places (GPUs, or cores) of their own, instead of the policy's."""
+    return config.task not in ALL or samples(config) and config.vllm_mode == "server"
 
 
 def needs_reference(config: Config) -> bool:

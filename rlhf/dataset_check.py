@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from rlhf.config import reads_prompts
+from rlhf.config import SCORED, reads_prompts
 from rlhf.dataset_columns import missing_column, right_row
 
 LOOKED_AT = 10_000  # rows of each file
@@ -75,7 +75,7 @@ def local_file(name: str) -> tuple[str | None, int | None]:
 
 def _check_file(path: str, config: Any, limit: int) -> None:
     prompts = reads_prompts(config)
-    built_in = config.task == "grpo" and not config.external_plugins  # a plug-in may take a built-in's name
+    built_in = config.task in SCORED and not config.external_plugins  # a plug-in may take a built-in's name
     functions = [name for name in config.reward_funcs if name in NEEDS_SOLUTION] if built_in else []
     empty = True
     for place, row in islice(_rows(path), limit):

@@ -16,6 +16,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "sft": {"messages": [QUESTION, ANSWER]},
     "gkd": {"messages": [QUESTION, ANSWER]},
     "grpo": {"messages": [QUESTION], "solution": "5"},
+    "infer": {"messages": [QUESTION]},
+    "eval": {"messages": [QUESTION], "solution": "5"},
     "dpo": {"messages": [QUESTION, ANSWER], "rejected_response": "6"},
     "rm": {"messages": [QUESTION, ANSWER], "rejected_response": "6"},
     "kto": {"messages": [QUESTION, ANSWER], "label": True},

@@ -13,6 +13,8 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
     """Check a resolved config of gkd whose models are local folders; `shape`: the student's. Raises ValueError."""
     if config.beta > 1:
         raise ValueError(f"beta {config.beta:g} of gkd must be at most 1: 0 is KL(teacher || student), 1 KL(student || teacher)")
+    if config.temperature == 0:
+        raise ValueError("temperature 0 leaves gkd no distributions to compare: use 1, say")
     if config.lmbda == 1:
         for name in ("seq_kd", "sft_alpha"):
             if getattr(config, name):

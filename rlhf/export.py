@@ -51,7 +51,7 @@ def export(config: Config) -> int:
     """Convert, and compare when asked; the exit status."""
     if config.mcore_model is not None:
         require_intact(Path(config.mcore_model))
-    return on_cluster(config, convert, engines=0)
+    return on_cluster(config, convert)
 
 
 def convert(cluster: Cluster) -> int:

@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py pt|sft|rlhf|export|plan|check [--config FILE] [--key value ...]`; as a script `megaray`."""
+"""Entry point: `python rlhf/main.py TASK [--config FILE] [--key value ...]`, TASK as in --help; the console script `megaray`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
-    from rlhf.options import help_of, load_config
+    from rlhf.options import TRAINING, help_of, load_config
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint"
-        print("interrupted" + (goes_on if argv[0] != "export" else ""), file=sys.stderr)
+        resumes = argv[0] in TRAINING
+        advice = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint" if resumes else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
 
 

@@ -137,7 +137,9 @@ def local_model(name: str, *, use_hf: bool, weights: bool = True, option: str = 
     """
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"--{option} {name} holds an adapter alone: give the model that merge_lora puts into {name}/merged")
+        also = " (infer and eval take --adapters too)" if option == "model" else ""
+        merged = f"give the model that merge_lora puts into {name}/merged{also}"
+        raise ValueError(f"--{option} {name} holds an adapter alone: {merged}")
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

@@ -6,14 +6,16 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import Config, FrozenRole, RolloutRole, Task, TeacherRole
+from rlhf import inference_check
+from rlhf.adapter import with_adapter
+from rlhf.config import ALL, DEFAULTS, Config, FrozenRole, RolloutRole, Task, TeacherRole
 from rlhf.devices import find_devices
 from rlhf.export_check import complete_export
 from rlhf.megatron_folder import check_described, find_whole_megatron
@@ -27,8 +29,7 @@ from rlhf.variables import read_environment
 ROLES = {"rollout": RolloutRole, "reference": FrozenRole, "teacher": TeacherRole}
 FROZEN = ("reference", "teacher")
 PASS_THROUGH = ("megatron", "vllm")
-ALIASES = {"ref_model": "reference.model", "teacher_model": "teacher.model"}
-LATER = ("infer", "eval", "rollout")
+ALIASES = {"ref_model": "reference.model", "teacher_model": "teacher.model", "max_new_tokens": "max_completion_length"}
 # The first word of a command, the option that then names the task (its default first), and the task of each value.
 COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
     "pt": (None, {None: "pt"}),
@@ -43,14 +44,20 @@ COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
         },
     ),
     "rlhf": ("rlhf_type", {"dpo": "dpo", "kto": "kto", "rm": "rm", "gkd": "gkd", "grpo": "grpo"}),
+    "infer": (None, {None: "infer"}),
+    "eval": (None, {None: "eval"}),
+    "rollout": (None, {None: "rollout"}),
     "export": (None, {None: "export"}),
 }
+TRAINING = tuple(command for command, (_, tasks) in COMMANDS.items() if set(tasks.values()) <= set(ALL))
 
 USAGE = """usage: megaray pt|sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
-       megaray export [--NAME VALUE ...]             a model from Hugging Face's format to Megatron's, or back
+       megaray infer|eval [...]                      questions answered; responses to a dataset scored
+       megaray rollout [...]                         engines for `rlhf --vllm_mode server` in another terminal
+       megaray export [...]                          a model from Hugging Face's format to Megatron's, or back
        megaray plan pt|sft|rlhf [the same options]   batches, placement and memory; nothing is started
        megaray check                                 the environment, and the command that mends what is missing
-       megaray [pt|sft|rlhf|export [--task_type TYPE | --rlhf_type TYPE]] --help
+       megaray [pt|sft|rlhf [--task_type TYPE | --rlhf_type TYPE]|infer|eval|rollout|export] --help
 task_type (sft): causal_lm (the default), seq_cls, embedding, reranker or generative_reranker
 rlhf_type (rlhf): dpo (the default), kto, rm, gkd or grpo"""
 
@@ -91,7 +98,10 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     config = parse(argv)
     if config.task == "export":
         return complete_export(config)
-    check_parsed(config)
+    trains = config.task in ALL
+    if config.adapters:
+        config = with_adapter(config)
+    check_parsed(config) if trains else inference_check.check_parsed(config)
     megatron = None if config.mcore_model is None else str(find_whole_megatron(config.mcore_model))
     if config.model is None:
         check_described(Path(megatron))
@@ -106,6 +116,9 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
         reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights, option="reward_model")
         config = replace(config, reward_model=str(reward_model))
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
+    if not trains:
+        inference_check.validate(config)
+        return config
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
     return config
@@ -119,14 +132,11 @@ def parse(argv: Sequence[str]) -> Config:
     """
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
     command = words.pop(0) if words else ""
-    if command in LATER:
-        raise ValueError(f"{command} is known but not supported yet; there are pt, sft, rlhf, export, plan and check")
+    there_are = f"{', '.join(COMMANDS)}, plan or check"
     if command not in COMMANDS:
-        raise ValueError(
-            f"the first word is pt, sft, rlhf, export, plan or check, not {command!r}" + nearest(command, COMMANDS)
-        )
-    if command == "export" and argv[0] == "plan":
-        raise ValueError("plan export: there are no steps to plan; plan is for pt, sft and rlhf")
+        raise ValueError(f"the first word is {there_are}, not {command!r}" + nearest(command, COMMANDS))
+    if argv[:1] == ["plan"] and command not in TRAINING:
+        raise ValueError(f"there is no plan of {command}: plan is for {', '.join(TRAINING[:-1])} and {TRAINING[-1]}")
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:
@@ -134,7 +144,8 @@ def parse(argv: Sequence[str]) -> Config:
     for path in given.pop("config", []):
         values |= _flatten(_read_yaml(path))
     values |= given
-    config = Config(task=_task(command, values))
+    task = _task(command, values)
+    config = Config(task=task, **DEFAULTS.get(task, {}))
     for name, value in values.items():
         config = _with_option(config, name, value)
     return config
@@ -258,7 +269,7 @@ def help_text(task: Task | None = None) -> str:
             item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)
         ]
         if options:
-            lines += ["", f"{group.__doc__}:"] + [_help_line(item) for item in options]
+            lines += ["", f"{group.__doc__}:"] + [_help_line(item, DEFAULTS.get(task, {})) for item in options]
     return "\n".join(lines)
 
 
@@ -268,8 +279,10 @@ def _group_of(option: Option) -> type:
     return next(cls for cls in Config.__mro__ if option.field.name in vars(cls).get("__annotations__", {}))
 
 
-def _help_line(option: Option) -> str:
+def _help_line(option: Option, defaults: Mapping[str, Any]) -> str:
+    """`defaults`: those of the task, where they differ."""
     default = option.field.default_factory() if callable(option.field.default_factory) else option.field.default
+    default = defaults.get(option.name, default)
     shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
     shown = str(shown).lower() if isinstance(shown, bool) else shown
     tail = f" [{shown}]" if shown not in (None, "") else ""

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import LOSSES, Config, reads_answers, reads_prompts
+from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts
 from rlhf.counts import samples
 from rlhf.model_folder import ModelShape
 
+ENGINE_SHARE = 0.9  # of a GPU that is an engine's own
 PREFERENCES = ("dpo", "kto", "rm", "gkd")  # their loss_scale is last_round
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 BY_ESTIMATOR = {  # scale_rewards, kl_in_reward
@@ -26,6 +27,8 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
 
     Raises ValueError for what cannot be made consistent.
     """
+    if config.task not in ALL:
+        return _resolve_engines(config, shape)
     lora = config.tuner_type == "lora"
     values: dict[str, Any] = {
         "lr": _or(config.lr, 1e-4 if lora else 1e-5),
@@ -45,6 +48,33 @@ def resolve(config: Config, shape: ModelShape | None = None, *, gpus_per_node: i
         config = _resolve_labels(config, shape)
     limit = shape.max_length if shape is not None else None
     return _resolve_grpo(config, limit) if config.task == "grpo" else _resolve_rows(config, limit)
+
+
+def _resolve_engines(config: Config, shape: ModelShape | None) -> Config:
+    """Of the tasks that do not train. The longest prompt leaves room for the longest response, or half of an engine's length."""
+    limit = config.vllm_max_model_len or (shape.max_length if shape is not None else None)
+    dtype = config.torch_dtype
+    if config.task == "rollout" and shape is not None:
+        dtype = dtype or trainable_dtype(shape)
+    result = config.result_path and lasting_folder(config.result_path, "result_path")
+    length = config.max_length or (max(limit - config.max_completion_length, limit // 2, 1) if limit else None)
+    return replace(
+        config,
+        torch_dtype=dtype,
+        output_dir=lasting_folder(config.output_dir or "runs", "output_dir"),
+        result_path=result,
+        dataset=[_absolute_rows(name) for name in config.dataset + config.val_dataset],
+        val_dataset=[],
+        max_length=length,
+        vllm_max_model_len=limit,
+        truncation_strategy=config.truncation_strategy or "left",
+        vllm_gpu_memory_utilization=config.vllm_gpu_memory_utilization or ENGINE_SHARE,
+        stream=_or(config.stream, not (config.dataset or config.val_dataset)),
+        rollout=replace(config.rollout, num_engines=config.rollout.num_engines or 1),
+        cosine_max_len=config.cosine_max_len or config.max_completion_length,
+        soft_max_length=config.soft_max_length or config.max_completion_length,
+        external_plugins=[_absolute(name) for name in config.external_plugins],
+    )
 
 
 def _resolve_rows(config: Config, limit: int | None) -> Config:
@@ -91,7 +121,7 @@ def _resolve_grpo(config: Config, limit: int | None) -> Config:
         generation_batch_size=responses,
         cosine_max_len=config.cosine_max_len or config.max_completion_length,
         soft_max_length=config.soft_max_length or config.max_completion_length,
-        external_plugins=[str(Path(name).expanduser().absolute()) for name in config.external_plugins],
+        external_plugins=[_absolute(name) for name in config.external_plugins],
     )
 
 
@@ -156,10 +186,14 @@ def lasting_folder(path: str, name: str) -> str:
     )
 
 
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().absolute())
+
+
 def _absolute_rows(name: str) -> str:
     """`file.jsonl#500` with an absolute path; anything that is no file here (a hub id) as it is."""
     path, mark, rows = name.partition("#")
-    return str(Path(path).expanduser().absolute()) + mark + rows if Path(path).expanduser().exists() else name
+    return _absolute(path) + mark + rows if Path(path).expanduser().exists() else name
 
 
 def trainable_dtype(shape: ModelShape) -> str:

@@ -1,4 +1,4 @@
-"""One run, from a checked config to the last checkpoint."""
+"""One run of a task: training from a checked config to the last checkpoint, or what engines do without it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rewards.loading import check_config as check_rewards
 from rlhf.checkpoint import Checkpoint, Checkpoints, require_intact, run_folder
-from rlhf.config import Config
+from rlhf.config import ALL, SCORED, Config
 from rlhf.counts import policy_ranks, rollout_engines, total_steps
 from rlhf.data import DataFailure
 from rlhf.dataset_check import check_dataset
@@ -19,6 +19,7 @@ from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit
 from rlhf.memory import shapes
 from rlhf.reporters import check_reporters
+from rlhf.results import result_path
 from rlhf.scoring import ScoringError
 from rlhf.without_gpus import refusal_without_gpus
 
@@ -27,31 +28,53 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> int:
-    """Train; the exit status. Everything a user can get wrong is checked before Ray starts."""
-    check_dataset(config)
-    check_reporters(config.report_to)
-    if config.task == "grpo":
+    """Carry out a task; the exit status. Everything a user can get wrong is checked before Ray starts."""
+    if config.dataset:
+        check_dataset(config)
+    if config.task in SCORED:
         check_rewards(config)
+    if config.task not in ALL:
+        return on_cluster(config, _work_of(config))
+    check_reporters(config.report_to)
     refuse_what_cannot_fit(config)
     if config.mcore_model is not None:
         require_intact(Path(config.mcore_model))
     folder = run_folder(config)
     checkpoints = Checkpoints(folder, config)
     resumed = checkpoints.find()
-    return on_cluster(config, lambda cluster: train(cluster, folder, checkpoints, resumed), engines=rollout_engines(config))
+    return on_cluster(config, lambda cluster: train(cluster, folder, checkpoints, resumed))
 
 
-def on_cluster(config: Config, work: Callable[[Cluster], int], *, engines: int) -> int:
-    """The exit status of `work`, or that of its failure. Raises ValueError for what its user can mend."""
+def _work_of(config: Config) -> Callable[[Cluster], int | None]:
+    """What a task that does not train does on its cluster."""
+    if config.task == "rollout":
+        from rlhf.offer import offer
+
+        return offer
+    results = result_path(config)
+    if config.task == "eval":
+        from rlhf.evaluation import evaluate
+
+        return lambda cluster: evaluate(cluster, results)
+    from rlhf.infer import infer
+
+    return lambda cluster: infer(cluster, results)
+
+
+def on_cluster(config: Config, work: Callable[[Cluster], int | None]) -> int:
+    """Reserve the resources and work with them: the exit status that `work` gives, or that of its failure.
+
+    Raises ValueError for what its user can mend.
+    """
     import ray
 
     from actors.group import RankFailure
     from rlhf.cluster import Cluster
 
     try:
-        with Cluster(config, policy_ranks=policy_ranks(config), num_engines=engines) as cluster:
+        with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C (Ray has set a handler of its own)
-            return work(cluster)
+            return work(cluster) or 0
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(str(error.cause)) from error

@@ -115,10 +115,9 @@ _REASONS: dict[str, str] = {
     "conversations of several turns are not supported yet": """
         multi_turn_scheduler max_turns=1 completion_length_limit_scope=per_round use_gym_env=false gym_env
         vllm_server_pass_dataset=false""",
-    "responses come from vLLM engines that the job starts itself": """
+    "responses come from vLLM engines of the job's Ray cluster: its own, or those of `megaray rollout` (--rollout_name)": """
         use_vllm=true vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_server_group_port
-        num_beams=1 logprobs top_logprobs stream=false""",
-    "use --max_completion_length": "max_new_tokens",
+        num_beams=1 logprobs top_logprobs""",
     "use --vllm.NAME VALUE": "vllm_engine_kwargs vllm_disable_cascade_attn=false",
     "adapters are merged before each push": "vllm_enable_lora=false",
     "colocated engines sleep at level 2": "sleep_level=2",
@@ -140,6 +139,7 @@ ELSEWHERE: dict[str, str] = {
     "save": "output_dir", "save_interval": "save_steps", "log_interval": "logging_steps", "load": "model",
     "num_workers": "dataloader_num_workers", "kl_coef": "beta", "cliprange": "epsilon", "plugin": "external_plugins",
     "model_id_or_path": "model", "model_name_or_path": "model", "max_seq_length": "max_length", "dtype": "torch_dtype",
+    "vllm_data_parallel_size": "rollout.num_engines",
 }  # fmt: skip
 
 

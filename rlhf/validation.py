@@ -72,6 +72,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     _check_recompute(config, shape)
     _check_lora(config, shape)
     if config.task == "grpo":
+        check_rewards(config)
         _check_grpo(config)
     if config.task == "gkd":
         check_distillation(config, shape)
@@ -89,7 +90,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         check_layout(reward_shape, tensor, pipeline, "reward_model: ")
         ranks = policy_ranks(config)
         check_expert_sizes(config, reward_shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix="reward_model: ")
-    _check_output(config)
+    check_output(config)
     check_engine_options(config)
     return _notes(config, shape)
 
@@ -216,18 +217,16 @@ def _check_lora(config: Config, shape: ModelShape) -> None:
             )
 
 
-def _check_grpo(config: Config) -> None:
+def check_rewards(config: Config) -> None:
+    """There are rewards, and reward functions have what they need. Raises ValueError."""
     names = reward_names(config)
     if not names:
-        raise ValueError(
-            "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name; or "
-            "--reward_model"
-        )
+        model = "; or --reward_model" if config.task == "grpo" else ""
+        functions = "accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"
+        raise ValueError(f"--reward_funcs is missing: {functions}{model}")
     if config.reward_weights is not None and len(config.reward_weights) != len(names):
         rewards = f"{len(config.reward_funcs)} reward_funcs" + (" and a reward model" if config.reward_model else "")
         raise ValueError(f"{len(config.reward_weights)} reward_weights for {rewards}")
-    if config.num_generations < 2:
-        raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
     if "soft_overlong" in config.reward_funcs:
         if config.soft_cache_length is None:
             raise ValueError("reward soft_overlong needs --soft_cache_length")
@@ -235,20 +234,35 @@ def _check_grpo(config: Config) -> None:
             raise ValueError(
                 f"soft_cache_length {config.soft_cache_length} is more than soft_max_length {config.soft_max_length}"
             )
+
+
+def _check_grpo(config: Config) -> None:
+    if config.num_generations < 2:
+        raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
+    if config.temperature == 0:
+        raise ValueError("temperature 0 gives a prompt's responses no difference to learn from: use 1, say")
     if config.loss_type == "cispo" and config.epsilon_high < 1:
         raise ValueError(
             f"loss_type cispo caps the ratio at epsilon_high itself: {config.epsilon_high:g} would shrink every gradient; "
             "give --epsilon_high 5, say"
         )
+
+
+def check_engines(config: Config, shape: ModelShape) -> None:
+    """What every task with engines needs. Raises ValueError."""
+    if config.truncation_strategy == "right":
+        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if config.top_k == 0:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
+    if config.vllm_tensor_parallel_size > 1:
+        raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
+    limit = config.vllm_max_model_len
+    if limit and shape.max_length and limit > shape.max_length:
+        raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
 
 
 def _check_rollout(config: Config, shape: ModelShape) -> None:
-    if config.truncation_strategy == "right":
-        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
-    if config.vllm_tensor_parallel_size > 1:
-        raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
+    check_engines(config, shape)
     if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
         raise ValueError("offload_model and offload_optimizer are for vllm_mode colocate: in server mode no GPU is shared")
     limit = config.vllm_max_model_len or shape.max_length
@@ -261,8 +275,6 @@ def _check_rollout(config: Config, shape: ModelShape) -> None:
         name = "the model's limit" if limit == shape.max_length else "vllm_max_model_len"
         given = f"max_completion_length {config.max_completion_length}"
         raise ValueError(f"{given} leaves no room for a prompt: {name} is {limit} tokens")
-    if limit and shape.max_length and limit > shape.max_length:
-        raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
     ranks, engines, each = policy_ranks(config), rollout_engines(config), config.vllm_tensor_parallel_size
     if config.vllm_mode == "colocate" and (engines == 0 or engines * each > ranks):
         raise ValueError(
@@ -311,7 +323,8 @@ def _check_frozen(config: Config, name: str) -> None:
     check_expert_sizes(config, shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix=f"{name}: ")
 
 
-def _check_output(config: Config) -> None:
+def check_output(config: Config) -> None:
+    """The run's folder can be written. Raises ValueError."""
     if config.run_name is not None and (
         Path(config.run_name).name != config.run_name or config.run_name in (".", "..")
     ):

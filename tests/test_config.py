@@ -58,7 +58,9 @@ MS_SWIFT = {
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
     "reward_timeout": 30, "reward_memory": 4, "call_timeout": 1800, "push_timeout": 120, "run_name": None,
-    "deterministic": False, "megatron": {}, "vllm": {},
+    "deterministic": False, "megatron": {}, "vllm": {}, "rollout_name": "rollout",
+    "stream": None,  # ms-swift: False
+    "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses

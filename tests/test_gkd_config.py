@@ -123,6 +123,7 @@ def test_a_policy_with_an_adapter_needs_no_group_to_be_its_own_teacher(student, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--temperature 0", "temperature 0 leaves gkd no distributions to compare"),
         ("--beta 1.5", "beta 1.5 of gkd must be at most 1"),
         ("--lmbda 1 --seq_kd true", "seq_kd is for steps on other responses than the policy's own: lmbda 1 has none"),
         ("--lmbda 1 --sft_alpha 0.1", "sft_alpha is for steps on other responses"),

@@ -98,6 +98,12 @@ def test_what_is_refused(words, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("task", ["infer", "rollout"])
+def test_engines_refuse_a_model_that_does_not_write(task):
+    with pytest.raises(ValueError, match=f"no output layer for tokens .*ForSequenceClassification.*which {task} needs"):
+        load_config([task, "--model", "classes"])
+
+
 def test_a_reward_model_alone_is_a_reward():
     config = config_of("rlhf --rlhf_type grpo --model m --reward_model score --reward_weights 2")
     assert config.reward_funcs == [] and config.reward_model.endswith("score")

@@ -135,6 +135,8 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert largest_difference(base, hf_logprobs(hf, rows)) <= 1e-5
     merged = hugging_face(tmp_path / "step1" / "merged")
     assert largest_difference(adapted, hf_logprobs(merged, rows)) <= 1e-5
+    settings = json.loads((tmp_path / "step1" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(model)  # what infer and eval take when only the adapter is given
     from peft import PeftModel
 
     assert json.loads((tmp_path / "step1" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
