@@ -19,7 +19,9 @@ def add_adapter(model: Model, config: Any) -> None:
     The adapter starts as no change. Of `config.modules_to_save` copies are trained, which stand in for the modules.
     Raises ValueError when no layer has such a name.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     targets = list(config.target_modules)
     if targets == ["all-linear"]:
@@ -37,6 +39,9 @@ def add_adapter(model: Model, config: Any) -> None:
     )
     model.module = get_peft_model(model.module, settings)
     model.has_adapter = True
+    for layer in model.module.modules():
+        if isinstance(layer, LoraLayer):  # mcore-bridge 1.6.5 does not read the dropout that PEFT 0.20 hands on
+            layer.lora_dropout["default"] = torch.nn.Dropout(config.lora_dropout)
 
 
 @contextmanager
