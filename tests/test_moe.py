@@ -238,6 +238,52 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert group.train_step(shards, nll_loss) == second
 
 
+def test_recomputation_counts_router_losses_once(hosts, model, rows, source):
+    shards, results = shards_of(rows, source, SPLITS[1]), []
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for options in ({"recompute_granularity": "none"}, full, {"recompute_modules": ["core_attn", "moe"]}):
+        group = hosts.start(policy_config(model, moe_aux_loss_coeff=0.5, moe_z_loss_coeff=0.01, **options), 1)
+        results.append(group.train_step(shards, nll_loss))
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    assert results[2] == pytest.approx(results[0], rel=1e-6)
+
+
+def test_experts_with_a_capacity_pass_tokens_by(hosts, model, rows, source, reference):
+    """8 experts, 2 a token: at factor 4 an expert has room for every token, at 0.5 for an eighth of them."""
+    losses = {}
+    for name, options in {
+        "roomy": {"moe_expert_capacity_factor": 4.0},
+        "padded": {"moe_expert_capacity_factor": 4.0, "moe_pad_expert_input_to_capacity": True},
+        "tight": {"moe_expert_capacity_factor": 0.5},
+        "position": {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
+        "fp64": {"moe_router_dtype": "fp64"},
+    }.items():
+        group = hosts.start(policy_config(model, **EP2, **options), 2)
+        losses[name] = group.train_step(shards_of(rows, source, SPLITS[2]), nll_loss)["loss"]
+    for name in ("roomy", "padded", "fp64"):
+        assert losses[name] == pytest.approx(reference.loss, abs=1e-6)
+    assert abs(losses["tight"] - reference.loss) > 1e-3
+    assert abs(losses["position"] - losses["tight"]) > 1e-4
+
+
+@pytest.mark.parametrize("layout", [EP2, TP2_SP | EP2], ids=["ep2", "tp2-ep2"])
+def test_a_shared_expert(hosts, rows, source, tmp_path, layout):
+    """Qwen2-MoE: a gated expert beside the others, biases of queries, keys and values, router weights that do not add to 1."""
+    model = make_tiny_moe(
+        tmp_path / "model", kind="Qwen2Moe", shared_expert_intermediate_size=48, norm_topk_prob=False, qkv_bias=True
+    )
+    hf = hugging_face(model)
+    group = hosts.start(policy_config(model, **layout), 2)
+    shards = shards_of(rows, source, SPLITS[group.data_size])
+    assert largest_difference(group.logprobs(shards), hf_logprobs(hf, rows)) <= 1e-5
+    group.call("save", str(tmp_path / "saved"), 0)
+    expected, export = weights_of(model), weights_of(tmp_path / "saved")
+    assert expected.keys() == export.keys()
+    assert all(torch.equal(expected[name], export[name]) for name in expected)
+    nll(rows, [sequence_logprobs(hf, ids) for ids in rows.token_ids]).backward()
+    assert group.train_step(shards, nll_loss)["grad_norm"] == pytest.approx(norm(hf), rel=1e-5)
+
+
 def nll(rows, values) -> torch.Tensor:
     total = sum(mask.sum() for mask in rows.loss_masks)
     return -sum((value * torch.from_numpy(mask)).sum() for value, mask in zip(values, rows.loss_masks)) / total

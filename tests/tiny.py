@@ -38,15 +38,16 @@ def make_tiny_model(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
     return _save(Qwen3ForCausalLM, Qwen3Config(**(SETTINGS | config_overrides)), folder, seed)
 
 
-def make_tiny_moe(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
-    """Save a random Qwen3-MoE, 8 experts of which each token takes 2, and its tokenizer into `folder`; returns `folder`.
+def make_tiny_moe(folder: Path, *, kind: str = "Qwen3Moe", seed: int = 0, **config_overrides) -> Path:
+    """Save a random model with 8 experts, of which each token takes 2, and its tokenizer into `folder`; returns `folder`.
 
-    `config_overrides` are fields of `Qwen3MoeConfig`.
+    `kind` of transformers; `config_overrides` are fields of its config.
     """
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    import transformers
 
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    return _save(Qwen3MoeForCausalLM, Qwen3MoeConfig(**(SETTINGS | experts | config_overrides)), folder, seed)
+    config = getattr(transformers, f"{kind}Config")(**(SETTINGS | experts | config_overrides))
+    return _save(getattr(transformers, f"{kind}ForCausalLM"), config, folder, seed)
 
 
 def _save(kind, config, folder: Path, seed: int) -> Path:
