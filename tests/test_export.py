@@ -182,6 +182,12 @@ def test_a_checkpoint_without_safetensors_becomes_the_folder_it_would_have_had(h
     assert first == continued.train_step(shards_of(ROWS, ray.put(ROWS), SPLIT), nll_loss)
 
 
+def test_a_checkpoint_of_another_model_is_told_so(hosts, megatron, tmp_path):
+    other = make_tiny_model(tmp_path / "other", head_dim=32, intermediate_size=256)
+    with pytest.raises(ValueError, match=f"{megatron}/mcore cannot be read as the model of {other}/config.json: Global shape"):
+        exporter(hosts, "--mcore_model", megatron, "--to_hf", "--model", other)
+
+
 def test_an_adapters_checkpoint_is_merged_into_the_base_that_it_records(hosts, model, megatron, lora, tmp_path):
     """Its base is a Megatron checkpoint too; PEFT merges what the same run wrote for transformers."""
     from peft import PeftModel

@@ -85,9 +85,11 @@ def load_model(model: Model, folder: Path) -> None:
     """Fill the model from `folder`/mcore, a collective; an adapter there is added into the weights of its base, `model.folder`.
 
     The dtype of the model stays; tensors are cast to it. A head of scores that the checkpoint does not have stays as it is.
-    Raises ValueError when the checkpoint lacks the output layer that the model needs, or has another number of scores.
+    Raises ValueError when it is a checkpoint of another model, lacks the output layer that the model needs, or has another number
+    of scores.
     """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     adapter = adapter_of(folder)
     if adapter is not None:
@@ -97,7 +99,11 @@ def load_model(model: Model, folder: Path) -> None:
     left = set()
     if not _has_head(dist_checkpointing.load_common_state_dict(source)["contents"], model.head, folder):
         left = {name for name in state if name.startswith("output_layer.")}
-    loaded = dist_checkpointing.load({"model": {name: state[name] for name in state if name not in left}}, source)
+    try:
+        loaded = dist_checkpointing.load({"model": {name: state[name] for name in state if name not in left}}, source)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{source} cannot be read as the model of {model.folder}/config.json: {cause}") from error
     _fill(model, loaded["model"], left=left)
     if adapter is not None:
         merge_adapter(model)

@@ -22,6 +22,11 @@ sys.path.insert(0, str(HERE))
 from task import make_model  # noqa: E402
 
 HELD_OUT = 400  # rows
+VARIABLES = {  # of the environment
+    "GENERATIVE_RERANKER_POSITIVE_TOKEN": "1",
+    "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "0",
+    "INFONCE_TEMPERATURE": "0.02",  # sums that differ in one digit are to be far apart
+}
 Row = dict[str, Any]
 
 
@@ -44,8 +49,7 @@ def main() -> None:
     if task == "sft":  # of a file that another demo stops when it has learnt enough
         command += ["--train_iters", "150", "--eval_steps", "50", "--save_steps", "1000"]
     print("$ megaray", *command[2:], flush=True)
-    words = {"GENERATIVE_RERANKER_POSITIVE_TOKEN": "1", "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "0"}
-    if subprocess.run(command, env=os.environ | words).returncode:
+    if subprocess.run(command, env=os.environ | VARIABLES).returncode:
         sys.exit(f"{task} failed: see above")
     first, *_, last = [json.loads(line) for line in open(work / "run" / "evaluations.jsonl")]
     name = METRIC.get(task, "accuracy")
@@ -104,13 +108,11 @@ def ranking(a: int, b: int, rng: random.Random) -> Row:
 
 
 def likeness(a: int, b: int, rng: random.Random) -> Row:
-    """A sum and the same sum the other way round; not the one whose numbers have exchanged their units."""
+    """A sum and the same sum the other way round."""
     a, b = rng.sample((a, b), 2)
-    c, d = a - a % 10 + b % 10, b - b % 10 + a % 10
     return {
         "messages": [{"role": "user", "content": f"{a}+{b}="}],
         "positive_messages": [[{"role": "user", "content": f"{b}+{a}="}]],
-        "negative_messages": [[{"role": "user", "content": f"{d}+{c}="}]] if {c, d} != {a, b} else [],
     }
 
 
