@@ -10,8 +10,8 @@ from rlhf.variables import variable
 
 
 def policy_ranks(config: Config) -> int:
-    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when the task does not train."""
-    if config.task not in ALL:
+    """Megatron ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when there are engines alone."""
+    if config.task not in (*ALL, "export"):
         return 0
     assert config.nproc_per_node is not None, "resolve the config first"
     return config.nnodes * config.nproc_per_node

@@ -27,6 +27,7 @@ class Adapter:
     lora_rank: int
     lora_alpha: float
     target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     lora_dropout: float = 0.0  # it is not trained further
 
 
@@ -50,6 +51,7 @@ def adapter_of(folder: Path) -> Adapter | None:
         lora_rank=options["lora_rank"],
         lora_alpha=options["lora_alpha"],
         target_modules=tuple(options["target_modules"]),
+        modules_to_save=tuple(options["modules_to_save"]),
     )
 
 

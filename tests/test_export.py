@@ -335,7 +335,7 @@ def test_a_wrong_command_is_one_line(tmp_path, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("plan export --model m --to_mcore", "plan export: there are no steps to plan; plan is for pt, sft and rlhf"),
+        ("plan export --model m --to_mcore", "there is no plan of export: plan is for pt, sft and rlhf"),
         ("sft --dataset d.jsonl --train_iters 1 --mcore_model m", "--mcore_model m holds no mcore/: give what `megaray export --to_mcore true` wrote, or a run's checkpoint-N"),
         ("sft --dataset d.jsonl --train_iters 1 --mcore_model bare --model mc", "{}/mc has no tensors.json: give the Hugging Face folder that the model was made from as --model"),
         ("sft --dataset d.jsonl --train_iters 1 --mcore_model run/checkpoint-2", "--mcore_model run/checkpoint-2 holds an adapter alone: `megaray export --mcore_model run/checkpoint-2 --to_hf true` merges it into a model to start from; --resume_from_checkpoint continues its run"),

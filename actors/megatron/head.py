@@ -86,7 +86,7 @@ def described_tensors(shapes: dict[str, tuple[int, ...]], head: Head, *, score: 
         return shapes
     body = {name: shape for name, shape in shapes.items() if name not in ("lm_head.weight", score)}
     if head.kind == "embedding":
-        return {name.removeprefix("model."): shape for name, shape in body.items()}
+        return body
     hidden = next(shape[1] for name, shape in body.items() if name.endswith("embed_tokens.weight"))
     return body | {score: (head.num_labels, hidden)}
 
