@@ -201,7 +201,7 @@ def _has_head(contents: dict[str, Any], head: Head, folder: Path) -> bool:
 
 def _model_state(model: Model) -> dict[str, Any]:
     """Without Transformer Engine's own states, which are empty but in FP8, and which a checkpoint written on a CPU lacks."""
-    state = {name: value for name, value in model.module.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    state = {name: value for name, value in model.module.sharded_state_dict().items() if "_extra_state" not in name}
     return adapter_parameters(state, gated=model.config.gated_linear_unit) if model.has_adapter else state
 
 
@@ -209,7 +209,7 @@ def _fill(model: Model, state: dict[str, Any], *, left: Collection[str] = ()) ->
     """Set the weights to `state`, which has all of them but those in `left`."""
     missing, unexpected = model.module.load_state_dict(state, strict=False)
     if not model.has_adapter:
-        lost = [name for name in missing if not name.endswith("_extra_state") and name not in left]
+        lost = [name for name in missing if "_extra_state" not in name and name not in left]
         assert not lost and not unexpected, f"checkpoint and model differ: missing {lost}, unexpected {unexpected}"
 
 
