@@ -25,6 +25,11 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         )
     if config.moe_pad_expert_input_to_capacity and config.moe_expert_capacity_factor is None:
         raise ValueError("moe_pad_expert_input_to_capacity needs --moe_expert_capacity_factor")
+    if config.moe_pad_expert_input_to_capacity and config.expert_model_parallel_size > 1:
+        raise ValueError(
+            "moe_pad_expert_input_to_capacity needs micro batches of equal length on the ranks that share experts, and rows are "
+            "never padded here: leave it out, or set expert_model_parallel_size to 1"
+        )
     if config.moe_token_drop_policy != "probs" and config.moe_expert_capacity_factor is None:
         raise ValueError(f"moe_token_drop_policy {config.moe_token_drop_policy} needs --moe_expert_capacity_factor")
 

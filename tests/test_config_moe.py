@@ -60,6 +60,7 @@ def read(model: str, words: str) -> Config:
         ("moe", "--tensor_model_parallel_size 2 --sequence_parallel true", "with expert_model_parallel_size 1 every tensor rank needs its part of each expert, and Megatron would not add up gradients otherwise: give --expert_tensor_parallel_size 2, or a greater expert_model_parallel_size"),
         ("moe", "--expert_model_parallel_size 2 --expert_tensor_parallel_size 2 --tuner_type lora", "expert_tensor_parallel_size 2: adapters of experts cannot be split; raise expert_model_parallel_size instead"),
         ("moe", "--expert_model_parallel_size 2 --expert_tensor_parallel_size 5 --nproc_per_node 10 --global_batch_size 10", "expert_tensor_parallel_size 5 does not divide the model's moe_intermediate_size 768"),
+        ("moe", "--moe_pad_expert_input_to_capacity true --moe_expert_capacity_factor 2 --expert_model_parallel_size 2", "moe_pad_expert_input_to_capacity needs micro batches of equal length on the ranks that share experts, and rows are never padded here: leave it out, or set expert_model_parallel_size to 1"),
         ("moe", "--moe_pad_expert_input_to_capacity true", "moe_pad_expert_input_to_capacity needs --moe_expert_capacity_factor"),
         ("moe", "--moe_token_drop_policy position", "moe_token_drop_policy position needs --moe_expert_capacity_factor"),
         ("moe", "--moe_grouped_gemm false", "option --moe_grouped_gemm is known but not supported (only true is): mcore-bridge builds the experts of a rank as one grouped layer"),

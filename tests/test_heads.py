@@ -25,6 +25,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
 }
 SIZES = {"one": 1}
+SLOW = ("tp2", "pp2")  # tp2-sp is the hardest
+all_layouts = pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+)
 SEQUENCES = 12
 YES, NO = 9, 11  # token ids
 ROWS_OF = {  # task: targets of each row of sequences; all rows together have SEQUENCES
@@ -181,7 +185,7 @@ def written_out(name: str, task: str, values: torch.Tensor) -> torch.Tensor:
     return sum(hard)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@all_layouts
 @pytest.mark.parametrize("task", ["rm", "seq_cls", "embedding", "generative_reranker"])
 def test_outputs_are_those_of_the_saved_model_in_hugging_face(hosts, model, rows, source, tmp_path, task, layout):
     ranks = SIZES.get(layout, 2)
@@ -217,7 +221,7 @@ def expected(headed, rows):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@all_layouts
 @pytest.mark.parametrize("task", LOSSES)
 def test_losses_and_gradients_are_those_of_hugging_face_however_the_batch_is_split(
     hosts, headed, rows, source, expected, task, layout
