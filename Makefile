@@ -1,11 +1,14 @@
-# make demo | make test | make test-all | make check
+# make demo | make demo-gkd | make test | make test-all | make check
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo setup test test-all test-gpu lint check
+.PHONY: demo demo-gkd setup test test-all test-gpu lint check
 demo: setup
 	$(BIN)/python configs/demo/run.py
+
+demo-gkd: setup
+	$(BIN)/python configs/demo/distil.py
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not slow" --durations=15

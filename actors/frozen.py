@@ -1,24 +1,37 @@
-"""A Megatron rank that only scores: the reference of a run that trains all weights."""
+"""A Megatron rank that only scores: the reference of a run that trains all weights, the teacher, or a reward model."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from actors.megatron.rank import MegatronRank
+from rlhf.config import FrozenRole
+from rlhf.heads import LANGUAGE_MODEL, SCORE
 from rlhf.records import RankInfo
 
 
 class Frozen(MegatronRank):
-    """A model that stays as it is, with parallel sizes of its own."""
+    """A model that stays as it is. A reference or teacher may have parallel sizes of its own."""
+
+    def __init__(
+        self, config: Any, *, rank: int, world_size: int, role: Literal["reference", "teacher", "reward_model"] = "reference"
+    ):
+        super().__init__(config, rank=rank, world_size=world_size)
+        self.role = role
 
     def setup(self, master: str) -> RankInfo:
         """Join the group at `master` and build the model, without optimizer."""
-        config, role = self.config, self.config.reference
+        config, scores = self.config, self.role == "reward_model"
+        own = FrozenRole(model=config.reward_model) if scores else getattr(config, self.role)
         with self.doing("setup"):
             self._start(
                 master,
-                model=role.model or config.model,
-                tensor=role.tensor_model_parallel_size or config.tensor_model_parallel_size,
-                pipeline=role.pipeline_model_parallel_size or config.pipeline_model_parallel_size,
+                model=own.model or config.model,
+                megatron=None if own.model else config.mcore_model,
+                tensor=own.tensor_model_parallel_size or config.tensor_model_parallel_size,
+                pipeline=own.pipeline_model_parallel_size or config.pipeline_model_parallel_size,
                 options=config.megatron,
+                head=SCORE if scores else LANGUAGE_MODEL,
             )
             for parameter in self.model.module.parameters():
                 parameter.requires_grad_(False)

@@ -163,8 +163,12 @@ class RankGroup(ActorGroup):
 
     def on_shards_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
         """As `on_shards`, but what a method with two return values gives stays in the object store."""
+        return self._returned(self.every_rank_refs(method, shards, *args))
+
+    def every_rank_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
+        """As `on_shards_refs`, of all ranks: each keeps its own part."""
         self.before_work()
-        return self._returned(self.scatter_refs(method, self._by_rank(shards), *args))
+        return self.scatter_refs(method, self._by_rank(shards), *args)
 
     def _by_rank(self, shards: Sequence[Shard]) -> list[ray.ObjectRef]:
         stored = [ray.put(shard) for shard in shards]

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.device_memory import memory_explained, peak_gib
+from actors.engine_build import build_engine
 from actors.model_folder import require_model
 from actors.progress import Progress
-from actors.step_thread import StepThread
-from actors.weights.checkpoint_names import checkpoint_dtype, checkpoint_tensors
+from actors.sampling import sampling_params
+from actors.step_thread import StepThread, Watch
+from actors.weights.broadcast import leave_group
+from actors.weights.checkpoint_names import checkpoint_tensors
 from actors.weights.ledger import PushError, PushLedger
 from rlhf.records import Bucket, GroupTokens
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.lora.request import LoRARequest
 
     from actors.weights.broadcast import Seat
 
@@ -43,7 +44,6 @@ ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
-SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completion_length", "stop_words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,13 @@ class RolloutEngine:
         `sleeps`: this engine shares its GPUs: it sleeps when it is built, until it is woken.
         """
         self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
+        self.offered = config
         self.progress = Progress()
         self.acknowledged: int | None = None  # the version this engine answers for
         self.held: list[tuple[int, Callable[[], None]]] = []  # (prompt index, add its request): wait for the others
         self.thread: StepThread | None = None
+        self.built = asyncio.Event()
+        self.adapter: LoRARequest | None = None  # what every request asks for
 
     async def load_libraries(self) -> None:
         """Import what takes long, while others use the GPU."""
@@ -80,14 +83,33 @@ class RolloutEngine:
         require_model(self.config.model)
         self.ledger = PushLedger(checkpoint_tensors(self.config.model))
         arguments = self.config, self.index, self.load_weights, self.sleeps
-        self.thread = StepThread(lambda: _build(*arguments), self.progress)
+        self.thread = StepThread(lambda: build_engine(*arguments), self.progress)
         engine = await self.thread.start()
         self.tokenizer = engine.get_tokenizer()
         self.recorded = all(await self.thread.call(lambda: engine.collective_rpc("record_logprobs")))
         self.acknowledged = 0 if self.load_weights else None
+        self.adapter = _adapter(self.config.adapters)
         if self.sleeps:
             await self.sleep()
+        self.built.set()
         return os.getpid()
+
+    async def offer(self) -> Any:
+        """The config that this engine was built for."""
+        return self.offered
+
+    async def serve(self, config: Any) -> None:
+        """Once built: answer another run from now on, under its sampling options and seed, and only for what it pushes."""
+        await self.built.wait()
+
+        def begin() -> None:
+            self.ledger = PushLedger(self.ledger.tensors)
+            self._stop("another run took the engine")
+
+        await self.thread.call(begin)
+        self.held.clear()
+        leave_group()
+        self.config = config
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights and KV cache are dropped. Unfinished requests fail; nothing if asleep."""
@@ -126,15 +148,15 @@ class RolloutEngine:
         """Sample n responses to each prompt [P] with the weights of `version`; to be called with num_returns = prompts + 1.
 
         `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
-        SAMPLING_OPTIONS). The token that ends a response is part of it. Nothing starts before `together` prompts are
-        here; they then start between the same two steps, in the order of their indices, whatever order they arrived in.
+        `sampling.OPTIONS`), and names "excluded_ids". The token that ends a response is part of it. Nothing starts before
+        `together` prompts are here; they then start between the same two steps, in the order of their indices.
         PushError when the engine does not hold `version`.
         """
         self._require(version)
         finished = []
         for index, prompt in zip(indices, prompts):
-            params = self._sampling_params(index, n, sampling or {})
-            add, done = self.thread.request(prompt.tolist(), params, self._logprobs if self.recorded else None)
+            params = self._sampling_params(sampling, n=n, index=index)
+            add, done = self._request(prompt, params)
             self.held.append((index, add))
             finished.append(done)
         if len(self.held) >= together:
@@ -144,6 +166,32 @@ class RolloutEngine:
         self._require(version)
         groups = [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)]
         return [summary for _, summary in groups], *(tokens for tokens, _ in groups)
+
+    async def stream(
+        self, prompt: np.ndarray, version: int, sampling: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[str | GroupSummary]:
+        """One response to a prompt [P]: its text in pieces as they are sampled, then its summary, whose text is all of them."""
+        self._require(version)
+        arrived: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        params = self._sampling_params(sampling, n=1, index=0, streamed=True)
+        add, done = self._request(prompt, params, lambda output: loop.call_soon_threadsafe(arrived.put_nowait, output))
+        done.add_done_callback(lambda _: arrived.put_nowait(None))
+        self.thread.post(add)
+        ids, text = [], ""
+        while (output := await arrived.get()) is not None:
+            (sample,) = output.outputs
+            ids += sample.token_ids
+            if sample.text:
+                text += sample.text
+                yield sample.text
+        output, _ = await done
+        whole = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if whole.startswith(text) and whole != text:  # bytes that no character was completed from
+            yield whole[len(text) :]
+            text = whole
+        reason = output.outputs[0].finish_reason
+        yield GroupSummary(texts=(text,), finish_reasons=(reason,), response_lengths=(len(ids),))
 
     async def begin_push(self, version: int) -> None:
         """Stop answering, and get ready for the buckets of `version`. Unfinished requests fail."""
@@ -213,31 +261,14 @@ class RolloutEngine:
             has = "no complete push" if self.acknowledged is None else f"version {self.acknowledged}"
             raise PushError(f"rollout engine {self.index} was asked for weight version {version} but has {has}")
 
-    def _sampling_params(self, index: int, n: int, overrides: Mapping[str, Any]) -> SamplingParams:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def _sampling_params(self, overrides: Mapping[str, Any] | None, **request: Any) -> SamplingParams:
+        return sampling_params(
+            self.config, overrides or {}, special=self.tokenizer.get_added_vocab(), logprobs=not self.recorded, **request
+        )
 
-        if unknown := set(overrides) - set(SAMPLING_OPTIONS):
-            raise ValueError(f"unknown sampling options {sorted(unknown)}: known are {', '.join(SAMPLING_OPTIONS)}")
-        values = {name: getattr(self.config, name) for name in SAMPLING_OPTIONS} | dict(overrides)
-        added = self.tokenizer.get_added_vocab()  # a special token is no text: it stops by its id
-        words = values["stop_words"] or []
-        strings = [word for word in words if word not in added]
-        return SamplingParams(
-            n=n,
-            temperature=values["temperature"],
-            top_p=values["top_p"],
-            top_k=values["top_k"],
-            repetition_penalty=values["repetition_penalty"],
-            max_tokens=values["max_completion_length"],
-            stop=strings or None,
-            stop_token_ids=[added[word] for word in words if word in added] or None,
-            include_stop_str_in_output=True,
-            detokenize=bool(strings),
-            seed=_seed(self.config.seed, index) if self.config.deterministic else None,
-            logprobs=None if self.recorded else 0,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+    def _request(self, prompt: np.ndarray, params: SamplingParams, watch: Watch | None = None) -> tuple[Callable[[], None], Any]:
+        return self.thread.request(
+            prompt.tolist(), params, self._logprobs if self.recorded else None, watch=watch, adapter=self.adapter
         )
 
     def _logprobs(self, request_id: str, output: RequestOutput) -> list[np.ndarray]:
@@ -263,39 +294,9 @@ class RolloutEngine:
         return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))
 
 
-def _seed(seed: int, index: int) -> int:
-    """One seed a prompt, 62 bits; vLLM adds the response's place in its group."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+def _adapter(folders: Sequence[str]) -> LoRARequest | None:
+    if not folders:
+        return None
+    from vllm.lora.request import LoRARequest
 
-
-def _build(config: Any, index: int, load_weights: bool, sleeps: bool = False) -> LLMEngine:
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights, sleeps))
-
-
-def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    seeded_on_cpu = config.deterministic and current_platform.is_cpu()
-    options = {
-        "model": config.model,
-        "dtype": config.torch_dtype or checkpoint_dtype(config.model),
-        "load_format": "auto" if load_weights else "dummy",
-        "seed": config.seed + index,
-        "tensor_parallel_size": config.vllm_tensor_parallel_size,
-        "max_model_len": config.vllm_max_model_len,
-        "max_num_seqs": config.vllm_max_num_seqs,
-        "enforce_eager": config.vllm_enforce_eager,
-        "enable_prefix_caching": config.vllm_enable_prefix_caching,
-        "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
-        "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
-        "disable_log_stats": True,
-        "enable_sleep_mode": sleeps,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    return EngineArgs(**given | config.vllm)
+    return LoRARequest(lora_name="adapter", lora_int_id=1, lora_path=folders[0])

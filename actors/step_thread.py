@@ -6,19 +6,29 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.progress import Progress
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
 Answer = tuple[asyncio.Future, Any, Exception | None]  # who waits, the result, or what went wrong
 Finish = Callable[[str, "RequestOutput"], Any]
+Watch = Callable[["RequestOutput"], Any]
+
+
+class Pending(NamedTuple):
+    """A request in the engine."""
+
+    done: asyncio.Future
+    finish: Callable[[RequestOutput], Any] | None
+    watch: Watch | None
 
 
 class StepThread:
@@ -28,7 +38,7 @@ class StepThread:
         self.build, self.progress = build, progress
         self.loop = asyncio.get_running_loop()
         self.calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self.pending: dict[str, tuple[asyncio.Future, Callable[[RequestOutput], Any] | None]] = {}  # by request id
+        self.pending: dict[str, Pending] = {}  # by request id
         self.ids = itertools.count()
         self.engine: LLMEngine
 
@@ -54,19 +64,26 @@ class StepThread:
         self.calls.put(function)
 
     def request(
-        self, prompt_ids: list[int], params: SamplingParams, finish: Finish | None = None
-    ) -> tuple[Callable[[], None], Awaitable[tuple[RequestOutput, Any]]]:
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        finish: Finish | None = None,
+        *,
+        watch: Watch | None = None,
+        adapter: LoRARequest | None = None,
+    ) -> tuple[Callable[[], None], asyncio.Future[tuple[RequestOutput, Any]]]:
         """A new request: what adds it to the engine (to be run in the thread), and its finished output.
 
         With the output comes what `finish` said of it, in the thread and before the next step, given the engine's own name of
-        the request.
+        the request. `watch` is called in the thread with every output, the finished one too.
         """
         request_id, done = str(next(self.ids)), self.loop.create_future()
 
         def add() -> None:
             try:
-                name = self.engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
-                self.pending[request_id] = done, finish and partial(finish, name)
+                prompt = {"prompt_token_ids": prompt_ids}
+                name = self.engine.add_request(request_id, prompt, params, lora_request=adapter)
+                self.pending[request_id] = Pending(done, finish and partial(finish, name), watch)
             except Exception as error:  # goes to the caller
                 self._deliver([(done, None, error)])
 
@@ -76,7 +93,7 @@ class StepThread:
         """In the thread: drop every request; whoever waits for one gets `error`."""
         if self.pending:
             self.engine.abort_request(list(self.pending))
-            self._deliver([(done, None, error) for done, _ in self.pending.values()])
+            self._deliver([(request.done, None, error) for request in self.pending.values()])
             self.pending.clear()
 
     def _run(self, built: asyncio.Future) -> None:
@@ -102,6 +119,9 @@ class StepThread:
             except Exception as error:  # goes to the caller
                 self.abort(error)
                 return
+            for output in outputs:
+                if watch := self.pending[output.request_id].watch:
+                    watch(output)
             finished = [self._finished(output) for output in outputs if output.finished]
             if finished:
                 self._deliver(finished)
@@ -109,7 +129,7 @@ class StepThread:
                 self.calls.get()()
 
     def _finished(self, output: RequestOutput) -> Answer:
-        done, finish = self.pending.pop(output.request_id)
+        done, finish, _ = self.pending.pop(output.request_id)
         try:
             return done, (output, finish and finish(output)), None
         except Exception as error:  # goes to the caller

@@ -56,9 +56,9 @@ class EngineAlone:
     """vLLM in its own process, driven by a plain loop."""
 
     def __init__(self, config: Any, index: int):
-        from actors.rollout import _build
+        from actors.engine_build import build_engine
 
-        self.engine = _build(config, index, load_weights=True)
+        self.engine = build_engine(config, index, load_weights=True, sleeps=False)
 
     def alone(self, prompts: list[list[int]], responses: int, tokens: int, logprobs: int | None) -> float:
         """Seconds to answer all prompts."""

@@ -65,8 +65,12 @@ def check(
 def check_config(config: Any) -> None:
     """As `check`, and the reward weights and the options of the built-in functions in use. Raises ValueError."""
     names, weights = config.reward_funcs or (), config.reward_weights
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(f"{len(weights)} reward_weights for {len(names)} reward_funcs: give one weight for each")
+    count = len(names) + (config.reward_model is not None)
+    if weights is not None and len(weights) != count:
+        rewards = f"{len(names)} reward_funcs" + (" and a reward model" if config.reward_model else "")
+        raise ValueError(f"{len(weights)} reward_weights for {rewards}: give one weight for each")
+    if config.reward_model is not None and not names:
+        return
     check(names, config.external_plugins or ())
     if not config.external_plugins:  # a plug-in may replace a built-in of the same name
         for name in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -159,15 +159,55 @@ def group_shards(
     return batches
 
 
-def row_shards(batch: RowBatch, config: Config, *, data_size: int) -> list[Shard]:
-    """The shards of one supervised step: the loss is the mean over all trained tokens of the global batch."""
-    trained_tokens = sum(batch.trained)
+def response_shards(groups: Sequence[Group], config: Config, *, data_size: int) -> list[Shard]:
+    """The shards of one step on all responses of the groups; the loss is the mean over their tokens. Keys count responses."""
+    responses = [(g, item, length) for g, group in enumerate(groups) for item, length in enumerate(group.response_lengths)]
+    trained_tokens = sum(length for _, _, length in responses)
     units = [
         [
-            SequenceRef(source=0, item=item, key=item, length=batch.lengths[item], weight=1 / max(trained_tokens, 1))
-            for item in unit
+            SequenceRef(
+                source=g,
+                item=item,
+                key=key,
+                length=len(groups[g].prompt.token_ids) + length,
+                weight=1 / max(trained_tokens, 1),
+            )
         ]
-        for unit in batch.units
+        for key, (g, item, length) in enumerate(responses)
+    ]
+    return make_shards(
+        units,
+        [group.tokens for group in groups],
+        trained_tokens=trained_tokens,
+        data_size=data_size,
+        max_units=None if config.micro_batch_tokens else config.micro_batch_size,
+        max_tokens=config.micro_batch_tokens,
+    )
+
+
+def row_shards(batch: RowBatch, config: Config, *, data_size: int, weigh: Literal["tokens", "rows"]) -> list[Shard]:
+    """The shards of one step on dataset rows, a row's sequences side by side in one micro batch.
+
+    The loss is the mean over the trained tokens of the global batch, or over its rows.
+    """
+    summary = batch.summary
+    trained_tokens = batch.trained_tokens
+    weight = 1 / max(trained_tokens if weigh == "tokens" else batch.num_rows, 1)
+    keys = {sequence: key for key, sequence in enumerate(batch.sequences)}
+    units = [
+        [
+            SequenceRef(
+                source=0,
+                item=sequence,
+                key=keys[sequence],
+                length=summary.lengths[sequence],
+                weight=weight,
+                targets=summary.targets[sequence],
+            )
+            for row in unit
+            for sequence in row
+        ]
+        for unit in summary.units
     ]
     return make_shards(
         units,

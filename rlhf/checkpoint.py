@@ -96,12 +96,20 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
+def require_intact(folder: Path) -> None:
+    """ValueError when a run's checkpoint is not as it was written. A folder without a manifest is taken as it is."""
+    fault = find_fault(folder) if (folder / MANIFEST).exists() else None
+    if fault is not None:
+        raise ValueError(f"{folder} is damaged: {fault}; take another checkpoint, or delete its {MANIFEST} to use it anyway")
+
+
 class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, folder: Path, config: Config):
         """Clears what a killed run left."""
         self.folder, self.config = folder, config
+        self.restored: dict[str, Any] = {}  # the state of the checkpoint that the run continues from
         self._saved_step = 0
         self._latest: tuple[int, RankGroup, Mapping[str, Any]] | None = None
         for leftover in folder.iterdir():
@@ -147,6 +155,7 @@ class Checkpoints:
             self._saved_step = saved["step"]
         print(f"resuming from {folder}, step {saved['step']}")
         offsets = saved["offsets"] if same_run else {}
+        self.restored = saved["state"]
         return Checkpoint(step=saved["step"], folder=folder, state=saved["state"], offsets=offsets)
 
     def save_if_due(self, step: int, policy: RankGroup, state: Mapping[str, Any]) -> Path | None:
@@ -197,8 +206,7 @@ class Checkpoints:
 
 
 def _default_name(config: Config) -> str:
-    task = config.rlhf_type if config.task == "rlhf" else config.task
-    return f"{task}-{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{config.task}-{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _newest_run(config: Config) -> Path | None:
@@ -210,7 +218,7 @@ def _newest_run(config: Config) -> Path | None:
         except ValueError:
             print(f"warning: {args} is not JSON: this run is passed over")
             continue
-        if all(saved.get(name) == getattr(config, name) for name in ("task", "rlhf_type", "model")):
+        if all(saved.get(name) == getattr(config, name) for name in ("task", "model")):
             runs.append(args)
     newest = max(runs, key=lambda args: (bool(_complete(args.parent)), args.stat().st_mtime), default=None)
     return newest.parent if newest else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
 
-from rlhf.config import Config
+from rlhf.config import ALL, PAIRED, RERANKERS, Config
+from rlhf.variables import variable
 
 
 def policy_ranks(config: Config) -> int:
-    """Policy ranks of the run: nnodes x nproc_per_node of a resolved config."""
+    """Megatron ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when there are engines alone."""
+    if config.task not in (*ALL, "export"):
+        return 0
     assert config.nproc_per_node is not None, "resolve the config first"
     return config.nnodes * config.nproc_per_node
 
@@ -23,25 +27,75 @@ def data_ranks(config: Config) -> int:
     return policy_ranks(config) // model_ranks(config)
 
 
+def expert_copies(config: Config) -> int:
+    """Copies of each expert of the policy: ranks that hold the same ones."""
+    each = config.expert_model_parallel_size * config.expert_tensor_parallel_size * config.pipeline_model_parallel_size
+    return policy_ranks(config) // each
+
+
+def samples(config: Config) -> bool:
+    """Whether the policy's own responses are trained on: the policy has rollout engines."""
+    return config.task == "grpo" or config.task == "gkd" and config.lmbda > 0
+
+
 def rollout_engines(config: Config) -> int:
     """vLLM engines of the run; 0 when the task generates nothing."""
-    if config.task == "sft":
+    if config.task == "export" or config.task in ALL and not samples(config):
         return 0
     if config.rollout.num_engines is not None:
         return config.rollout.num_engines
     return policy_ranks(config) // config.vllm_tensor_parallel_size if config.vllm_mode == "colocate" else 1
 
 
+def compares(config: Config) -> bool:
+    """Whether the loss compares the policy with a reference."""
+    if config.task == "grpo":
+        return bool(config.beta)
+    return config.task == "kto" or config.task == "dpo" and not config.reference_free and config.loss_type != "sft"
+
+
+def own_places(config: Config) -> bool:
+    """Whether engines have places (GPUs, or cores) of their own, instead of the policy's."""
+    return config.task not in ALL or samples(config) and config.vllm_mode == "server"
+
+
 def needs_reference(config: Config) -> bool:
     """Whether a frozen reference group runs beside the policy (with LoRA the policy serves, its adapter disabled)."""
-    return config.task == "rlhf" and bool(config.beta) and config.tuner_type == "full"
+    return compares(config) and config.tuner_type == "full"
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether a frozen teacher group runs beside the policy (with LoRA the policy is its own teacher, its adapter disabled)."""
+    own = config.mcore_model or config.model
+    return config.task == "gkd" and not (config.tuner_type == "lora" and config.teacher.model == own)
+
+
+def frozen_group(config: Config) -> str | None:
+    """The role of the frozen group that runs beside the policy, which is a section of the config too; None without one."""
+    return "reference" if needs_reference(config) else "teacher" if needs_teacher(config) else None
+
+
+def reward_names(config: Config) -> list[str]:
+    """The rewards in the order of `reward_weights`: functions, then the reward model by its folder's name."""
+    return [*config.reward_funcs, *([Path(config.reward_model).name] if config.reward_model else [])]
+
+
+def row_sequences(config: Config) -> int:
+    """Sequences of a row that are read in one micro batch; of an infonce row the least, an anchor and its positive."""
+    if config.task in PAIRED:
+        return 2
+    if config.task == "embedding":
+        return 2 + ((variable(config, "INFONCE_HARD_NEGATIVES") or 0) if config.loss_type == "infonce" else 0)
+    if config.task in RERANKERS:
+        return variable(config, "MAX_POSITIVE_SAMPLES") * (1 + variable(config, "MAX_NEGATIVE_SAMPLES"))
+    return 1
 
 
 def total_steps(config: Config, num_rows: int) -> int:
     """Optimizer steps of the run: num_train_epochs over the dataset's `num_rows`, else train_iters."""
     if config.num_train_epochs is None:
         return config.train_iters
-    if config.task == "sft":
+    if config.task != "grpo":
         return ceil(config.num_train_epochs * num_rows / config.global_batch_size)
     prompts = config.generation_batch_size // config.num_generations
     return ceil(config.num_train_epochs * num_rows / prompts) * config.steps_per_generation * config.num_iterations

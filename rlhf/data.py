@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 if TYPE_CHECKING:
-    from rlhf.records import Prompt
+    from rlhf.records import Prompt, RowSummary
 
 
 class DataFailure(RuntimeError):
     """The data worker died, or did not answer before its deadline."""
 
 
-class RowBatch(NamedTuple):
-    """Rows of a supervised dataset: the tokens stay in the object store."""
+@dataclass(frozen=True, kw_only=True)
+class RowBatch:
+    """Rows of a dataset: the tokens stay in the object store."""
 
     tokens: ray.ObjectRef  # of RowTokens
-    lengths: list[int]  # rows: L
-    trained: list[int]  # rows: tokens with a loss
-    units: list[list[int]]  # the rows of each pack, as indices; [[0], [1], ...] without packing
+    summary: RowSummary
+    position: int = 0  # of the first, in the order of the run
+    prompts: ray.ObjectRef | None = None  # of list[Prompt], one a row, where the policy may answer them itself
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, also when they are packed."""
+        return sum(len(unit) for unit in self.summary.units)
+
+    @property
+    def sequences(self) -> list[int]:
+        """The sequences of all rows, in order."""
+        return [sequence for unit in self.summary.units for row in unit for sequence in row]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.summary.lengths[sequence] for sequence in self.sequences)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens with a loss of all rows."""
+        return sum(self.summary.trained[sequence] for sequence in self.sequences)
+
+    def parts(self, size: int) -> list[RowBatch]:
+        """The same units, `size` at a time."""
+        units = self.summary.units
+        starts = range(0, len(units), size)
+        return [replace(self, summary=replace(self.summary, units=units[start : start + size])) for start in starts]
+
+    def only(self, place: int) -> RowBatch:
+        """The same rows, each with its sequence number `place` alone."""
+        units = [[[row[place]] for row in unit] for unit in self.summary.units]
+        return replace(self, summary=replace(self.summary, units=units))
 
 
 class _Stream:
@@ -33,10 +66,19 @@ class _Stream:
     method: str
     num_returns = 1
 
-    def __init__(self, worker: Any, *, num_rows: int, timeout: float, position: int = 0, ahead: bool = True):
+    def __init__(
+        self,
+        worker: Any,
+        *,
+        num_rows: int,
+        timeout: float,
+        position: int = 0,
+        ahead: bool = True,
+        evaluation_rows: int = 0,
+    ):
         """`worker`: handle of a DataWorker that is set up; `num_rows` of one epoch; `timeout` in seconds."""
         self.worker, self.num_rows, self.timeout = worker, num_rows, timeout
-        self.position, self.ahead = position, ahead
+        self.position, self.ahead, self.evaluation_rows = position, ahead, evaluation_rows
         self._fetched: tuple[int, int, list[ray.ObjectRef]] | None = None
 
     @property
@@ -96,6 +138,12 @@ class PromptStream(_Stream):
         """
         return ray.get(self._next(count)[0])
 
+    def batch_at(self, start: int, count: int) -> list[Prompt]:
+        """The prompts at positions start .. start + count - 1; the stream stays where it is."""
+        refs = self._call(start, count)
+        self._wait(refs)
+        return ray.get(refs[0])
+
 
 class RowStream(_Stream):
     """Encoded rows, or packs of rows, in the seeded order of the run."""
@@ -108,5 +156,22 @@ class RowStream(_Stream):
         Raises:
             DataFailure: no answer before the deadline, or the worker died.
         """
-        tokens, summary = self._next(count)
-        return RowBatch(tokens, *ray.get(summary))
+        tokens, *prompts, summary = self._next(count)
+        return RowBatch(
+            tokens=tokens,
+            summary=ray.get(summary),
+            position=self.position - count,
+            prompts=prompts[0] if prompts else None,
+        )
+
+    def evaluation_batch(self, count: int) -> RowBatch:
+        """The first `count` units of the rows to evaluate on."""
+        refs = list(self.worker.rows.remote(0, count, True))
+        self._wait(refs)
+        return RowBatch(tokens=refs[0], summary=ray.get(refs[1]))
+
+
+class PromptedRowStream(RowStream):
+    """The same with the prompts of the rows; both of one position."""
+
+    method, num_returns = "prompted_rows", 3

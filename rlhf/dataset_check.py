@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from rlhf.config import SCORED, reads_prompts
+from rlhf.dataset_columns import missing_column, right_row
+
 LOOKED_AT = 10_000  # rows of each file
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 CONVERSATIONS = ("messages", "conversation", "conversations")
@@ -27,19 +30,17 @@ ROLES = (
     "function_response", "observation", "observations",
 )  # fmt: skip
 NEEDS_SOLUTION = ("accuracy", "cosine")
-EXAMPLE = '{"messages": [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "5"}]}'
-EXAMPLE_PROMPT = '{"messages": [{"role": "user", "content": "What is 2+3?"}], "solution": "5"}'
 
 
 def check_dataset(config: Any) -> None:
-    """Check the local files of `config.dataset`.
+    """Check the local files of `config.dataset` and `config.val_dataset`.
 
     Raises:
         ValueError: in one line, what is wrong in which line of which file, and what a right row looks like.
     """
     if not config.dataset:
         raise ValueError("no dataset given: --dataset FILE.jsonl, or a hub id")
-    for name in config.dataset:
+    for name in [*config.dataset, *config.val_dataset]:
         path, limit = local_file(name)
         if path is not None and os.path.splitext(path)[1] in (".jsonl", ".json", ".csv"):
             _check_file(path, config, LOOKED_AT if limit is None or config.dataset_shuffle else min(limit, LOOKED_AT))
@@ -73,19 +74,19 @@ def local_file(name: str) -> tuple[str | None, int | None]:
 
 
 def _check_file(path: str, config: Any, limit: int) -> None:
-    prompts = config.task == "rlhf"
-    built_in = prompts and not config.external_plugins  # a plug-in may take a built-in's name
+    prompts = reads_prompts(config)
+    built_in = config.task in SCORED and not config.external_plugins  # a plug-in may take a built-in's name
     functions = [name for name in config.reward_funcs if name in NEEDS_SOLUTION] if built_in else []
     empty = True
     for place, row in islice(_rows(path), limit):
         empty = False
-        problem = _problem(row, prompts=prompts)
+        problem = _problem(row, prompts=prompts) or missing_column(row, config)
         if problem:
-            raise ValueError(f"{path}, {place}: {problem}; a right row: {EXAMPLE_PROMPT if prompts else EXAMPLE}")
+            raise ValueError(f"{path}, {place}: {problem}; a right row: {right_row(config)}")
         if functions and "solution" not in row:
             raise ValueError(
                 f"{path}, {place}: reward function {functions[0]} needs the column `solution`, this row has "
-                f"{', '.join(row)}; a right row: {EXAMPLE_PROMPT}"
+                f"{', '.join(row)}; a right row: {right_row(config)}"
             )
     if empty:
         raise ValueError(f"dataset file {path} has no rows")

@@ -26,7 +26,10 @@ OWNED = frozenset(
     virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
     recompute_granularity recompute_method recompute_num_layers recompute_modules attention_backend deterministic_mode
     cross_entropy_loss_fusion calculate_per_token_loss variable_seq_lengths finalize_model_grads_func grad_scale_func
-    overlap_param_gather lr min_lr weight_decay clip_grad adam_beta1 adam_beta2 adam_eps use_distributed_optimizer
+    overlap_grad_reduce overlap_param_gather gradient_accumulation_fusion optimizer_cpu_offload optimizer_offload_fraction
+    use_precision_aware_optimizer moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor
+    moe_pad_expert_input_to_capacity moe_token_drop_policy moe_router_dtype moe_token_dispatcher_type moe_permute_fusion
+    moe_shared_expert_overlap lr min_lr weight_decay clip_grad adam_beta1 adam_beta2 adam_eps use_distributed_optimizer
     num_layers hidden_size padded_vocab_size num_attention_heads task_type hf_config mtp_num_layers
     """.split()
 )

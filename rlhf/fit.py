@@ -6,12 +6,13 @@ Where engines share the policy's GPUs, an engine gets what the policy leaves whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, policy_ranks
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
 from rlhf.memory import (
     ACTIVATIONS,
     ENGINE_RESIDUE,
@@ -36,18 +37,18 @@ DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
 SHORTEST = 256  # tokens: shorter sequences are not proposed
 
 
-def fit(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+def fit(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`config` with the options of DECIDED filled in; `gpu_memory`: bytes of a GPU, None without GPUs. Twice is as once.
 
     Raises ValueError, one line, when a phase of the run cannot fit.
     """
-    text = refusal(config, shape, reference_shape, gpu_memory)
+    text = refusal(config, shape, frozen_shape, gpu_memory)
     if text is not None:
         raise ValueError(text)
-    return complete(config, shape, reference_shape, gpu_memory)
+    return complete(config, shape, frozen_shape, gpu_memory)
 
 
-def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> Config:
+def complete(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`fit` without the refusal. What is given stays.
 
     First the optimizer's state is offloaded, then the models too, until what the engine needs fits: the share that was given,
@@ -57,9 +58,9 @@ def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | No
         return _filled(config, MOST / 100, optimizer=False, model=False)
     for optimizer, model in ((False, False), (True, False), (True, True)):
         trial = _filled(config, MOST / 100, optimizer=optimizer, model=model)
-        left = _share_left(trial, shape, reference_shape, gpu_memory)
+        left = _share_left(trial, shape, frozen_shape, gpu_memory)
         trial = _filled(config, min(max(left, 0.01), MOST / 100), optimizer=optimizer, model=model)
-        pushes = phases(trial, shape, reference_shape, gpu_memory)["push"] <= gpu_memory
+        pushes = phases(trial, shape, frozen_shape, gpu_memory)["push"] <= gpu_memory
         if config.vllm_gpu_memory_utilization is not None:
             enough = left >= config.vllm_gpu_memory_utilization
         else:
@@ -70,7 +71,7 @@ def complete(config: Config, shape: ModelShape, reference_shape: ModelShape | No
 
 
 def note(
-    config: Config, completed: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+    config: Config, completed: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None
 ) -> str | None:
     """What `complete` decided for shared GPUs, and why; None when it decided nothing."""
     if gpu_memory is None or not shares_gpus(config):
@@ -79,9 +80,10 @@ def note(
     decided = {name: value for name, value in decided.items() if value is not False}
     if not decided:
         return None
-    who = "policy and reference keep" if reference_shape else "the policy keeps"
+    frozen = [frozen_group(config)] * bool(frozen_shape) + ["reward model"] * bool(config.reward_model)
+    who = f"policy and {' and '.join(frozen)} keep" if frozen else "the policy keeps"
     text = (
-        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, reference_shape, gpu_memory))} GiB of each GPU's "
+        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
         f"{_gib(gpu_memory)} GiB while the engine generates"
     )
     if set(decided) == {"vllm_gpu_memory_utilization"} or config.vllm_gpu_memory_utilization is not None:
@@ -89,9 +91,9 @@ def note(
     return f"{text}, whose KV cache is to hold {_wanted_responses(config)} responses of {longest_sequence(config):,} tokens"
 
 
-def check_host(config: Config, shape: ModelShape, reference_shape: ModelShape | None, host_memory: int) -> None:
+def check_host(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, host_memory: int) -> None:
     """ValueError when a node has too little host memory (bytes) for what a completed config offloads."""
-    needed = offloaded(config, shape, reference_shape)
+    needed = offloaded(config, shape, frozen_shape)
     if needed > host_memory:
         raise ValueError(
             f"offloading needs about {_gib(needed)} GiB of a node's host memory, there are {_gib(host_memory)}: give "
@@ -99,11 +101,11 @@ def check_host(config: Config, shape: ModelShape, reference_shape: ModelShape | 
         )
 
 
-def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
+def warning(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
     """What does not fit if rows are as long as they may be, and what to change; None when that fits, or is refused."""
-    if gpu_memory is None or refusal(config, shape, reference_shape, gpu_memory):
+    if gpu_memory is None or refusal(config, shape, frozen_shape, gpu_memory):
         return None
-    room = shape, reference_shape, gpu_memory
+    room = shape, frozen_shape, gpu_memory
     problem, _ = _problem(config, *room, longest=True)
     if problem is None:
         return None
@@ -111,13 +113,13 @@ def warning(config: Config, shape: ModelShape, reference_shape: ModelShape | Non
 
 
 def refusal(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int | None
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None
 ) -> str | None:
     """Why the run cannot fit, and what to change, in one line; None when it fits or there are no GPUs."""
     if gpu_memory is None:
         return None
-    problem, _ = _problem(config, shape, reference_shape, gpu_memory)
-    return f"{problem}; {_advice(config, shape, reference_shape, gpu_memory)}" if problem else None
+    problem, _ = _problem(config, shape, frozen_shape, gpu_memory)
+    return f"{problem}; {_advice(config, shape, frozen_shape, gpu_memory)}" if problem else None
 
 
 def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Config:
@@ -125,15 +127,15 @@ def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Co
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
-def _kept(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> int:
+def _kept(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> int:
     """Bytes that the ranks on one GPU keep while its engine generates."""
-    held = holdings(config, shape, reference_shape, gpu_memory)["generate"]
+    held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
     return sum(held.values()) - held["engine"]
 
 
-def _share_left(config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int) -> float:
+def _share_left(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> float:
     """Of the GPU, beside what the ranks keep and the margin, rounded down to 0.01; may be negative."""
-    kept = _kept(config, shape, reference_shape, gpu_memory)
+    kept = _kept(config, shape, frozen_shape, gpu_memory)
     return ((100 - MARGIN) * gpu_memory - 100 * kept) // gpu_memory / 100
 
 
@@ -148,15 +150,15 @@ def _wanted_responses(config: Config) -> int:
 
 
 def _problem(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
 ) -> tuple[str | None, int]:
     """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks.
 
     Micro batches of so many rows count only where all rows are the `longest`: most are shorter.
     """
-    config = complete(config, shape, reference_shape, gpu_memory)
+    config = complete(config, shape, frozen_shape, gpu_memory)
     texts, lacking = [], 0
-    for phase, held in holdings(config, shape, reference_shape, gpu_memory).items():
+    for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items():
         if not (longest or config.micro_batch_tokens or config.packing):
             held = {name: size for name, size in held.items() if not name.startswith(ACTIVATIONS)}
         if (needed := sum(held.values())) > gpu_memory:
@@ -164,7 +166,7 @@ def _problem(
             parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
             texts.append(f"phase {phase} needs about {_gib(needed)} GiB of a GPU's {_gib(gpu_memory)} GiB ({parts})")
             lacking = max(lacking, needed - gpu_memory)
-    if config.task == "rlhf" and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
+    if samples(config) and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
         share = int(config.vllm_gpu_memory_utilization * gpu_memory)
         texts.append(
             f"phase generate: vllm_gpu_memory_utilization {config.vllm_gpu_memory_utilization:g} gives an engine "
@@ -177,14 +179,14 @@ def _problem(
 
 
 def _advice(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
 ) -> str:
     """The changes of one kind that make the run fit; without one, those that bring it nearer."""
-    _, lacking = _problem(config, shape, reference_shape, gpu_memory, longest=longest)
+    _, lacking = _problem(config, shape, frozen_shape, gpu_memory, longest=longest)
     enough, nearer = [], []
-    for kind in _changes(config, shape, reference_shape, gpu_memory):
+    for kind in _changes(config, shape, frozen_shape, gpu_memory):
         trials = [replace(config, **change) for change in kind]
-        lacks = [_problem(trial, shape, reference_shape, gpu_memory, longest=longest)[1] for trial in trials]
+        lacks = [_problem(trial, shape, frozen_shape, gpu_memory, longest=longest)[1] for trial in trials]
         if 0 in lacks:
             enough.append(_words(kind[lacks.index(0)]))
         elif lacks and lacks[0] < lacking:
@@ -197,14 +199,14 @@ def _advice(
 
 
 def _changes(
-    config: Config, shape: ModelShape, reference_shape: ModelShape | None, gpu_memory: int
+    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
 ) -> Iterator[list[dict[str, Any]]]:
     """Changes worth a try, by kind; those of a kind go further one after another."""
     if shares_gpus(config):
         refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
         yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
     if config.vllm_gpu_memory_utilization is not None:
-        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, reference_shape, gpu_memory)
+        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, frozen_shape, gpu_memory)
         yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]
     if config.micro_batch_tokens:
         longest = longest_sequence(config)
@@ -215,6 +217,7 @@ def _changes(
         yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
     yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
     yield _more_tensor_ranks(config, shape)
+    yield _more_expert_ranks(config, shape)
     if not config.use_distributed_optimizer and data_ranks(config) > 1:
         yield [{"use_distributed_optimizer": True}]
     elif config.use_distributed_optimizer:
@@ -240,9 +243,9 @@ def _shortened(config: Config, length: int) -> dict[str, Any]:
 
 
 def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
-    """TP of 2, 4 and 8 where the model divides, on as many ranks as it takes."""
+    """TP of 2, 4 and 8 where a model without experts divides, on as many ranks as it takes."""
     changes = []
-    for tensor in (2, 4, 8):
+    for tensor in () if shape.experts else (2, 4, 8):
         ranks = tensor * config.pipeline_model_parallel_size
         try:
             check_layout(shape, tensor, config.pipeline_model_parallel_size)
@@ -250,6 +253,20 @@ def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
             continue
         if tensor > config.tensor_model_parallel_size:
             change = {"tensor_model_parallel_size": tensor}
+            if policy_ranks(config) % ranks:
+                change |= {"nproc_per_node": -(-ranks // config.nnodes)}
+            changes.append(change)
+    return changes
+
+
+def _more_expert_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
+    """EP of 2, 4 and 8 where it divides the experts, on as many ranks as it takes."""
+    changes = []
+    for size in (2, 4, 8):
+        if shape.experts and size > config.expert_model_parallel_size and shape.experts.count % size == 0:
+            change = {"expert_model_parallel_size": size}
+            ranks = math.lcm(size * config.expert_tensor_parallel_size, config.tensor_model_parallel_size)
+            ranks *= config.pipeline_model_parallel_size
             if policy_ranks(config) % ranks:
                 change |= {"nproc_per_node": -(-ranks // config.nnodes)}
             changes.append(change)

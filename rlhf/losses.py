@@ -10,8 +10,17 @@ The controller imports this module to name a loss, so it does without importing 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlhf.preference_losses import (
+    WHOLE_BATCH_LOSS_TYPES,
+    chosen_nll,
+    dpo_losses,
+    dpo_rewards,
+    kto_losses,
+    ld_dpo_weights,
+    reward_metrics,
+)
 from rlhf.records import MicroBatch
 
 if TYPE_CHECKING:
@@ -77,6 +86,137 @@ def grpo_loss(
         token_loss = token_loss * correction
         metrics["rollout_is_weight"] = _mean(correction, counted, batch)
     return (batch.weights * batch.loss_mask * token_loss).sum(), metrics
+
+
+def dpo_loss(
+    logprobs: torch.Tensor,
+    batch: MicroBatch,
+    *,
+    loss_type: str,
+    beta: float,
+    mean_chosen_length: float,
+    ld_alpha: float | None = None,
+    rpo_alpha: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over the pairs of the global batch of `preference_losses.dpo_losses`, whose `options` are passed on.
+
+    logprobs [T], with gradient. Sequences stand in pairs, the chosen one first. `mean_chosen_length`: of the global batch.
+    A loss that depends on all pairs takes those of other micro batches, as constants, from `batch.batch_values`.
+    """
+    sums, ref_sums = logprob_sums(logprobs, batch, ld_alpha=ld_alpha).unbind(1)
+    counted, lengths = batch.sequence_weights, sequence_sums(batch.loss_mask, batch)
+    whole = loss_type in WHOLE_BATCH_LOSS_TYPES
+    pairs = [pairs_of(values) for values in (sums, ref_sums.detach(), lengths)]
+    if whole:
+        assert batch.batch_values is not None, f"loss_type {loss_type} needs the logprobs of the whole batch"
+        own = counted != 0
+        all_sums = batch.batch_values[:, 0].index_put((batch.keys[own],), sums[own])
+        pairs_of_loss = [pairs_of(all_sums), pairs_of(batch.batch_values[:, 1]), pairs_of(batch.batch_values[:, 0] * 0 + 1)]
+    else:
+        pairs_of_loss = pairs
+    (chosen, rejected), (ref_chosen, ref_rejected), (chosen_lengths, rejected_lengths) = pairs_of_loss
+    losses = dpo_losses(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        loss_type=loss_type,
+        beta=beta,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        mean_chosen_length=mean_chosen_length,
+        **options,
+    )
+    weights, _ = pairs_of(counted)
+    loss = share_of(losses.mean(), weights.sum()) if whole else (weights * losses).sum()
+    if rpo_alpha:
+        plain = pairs_of(sequence_sums(logprobs * (batch.loss_mask != 0), batch))[0]
+        loss = loss + rpo_alpha * (weights * chosen_nll(plain, mean_chosen_length=mean_chosen_length)).sum()
+    (chosen, rejected), (ref_chosen, ref_rejected), _ = pairs
+    rewards = reward_metrics(*dpo_rewards(chosen, rejected, ref_chosen, ref_rejected, beta=beta))
+    return loss, {name: (weights * values).sum() for name, values in rewards.items()}
+
+
+def kto_loss(
+    logprobs: torch.Tensor,
+    batch: MicroBatch,
+    *,
+    counts: tuple[int, int],
+    loss_type: str,
+    kl: float,
+    beta: float,
+    **options: Any,
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over the rows of the global batch of `preference_losses.kto_losses`, whose `options` are passed on.
+
+    logprobs [T], with gradient. `counts`: desirable and undesirable rows of the global batch, over which rewards are averaged.
+    Metrics: rewards/accuracies is the share of rows on the right side of the KL.
+    """
+    sums, ref_sums = logprob_sums(logprobs, batch).unbind(1)
+    ratios, desirable = sums - ref_sums, batch.targets[:, 0] > 0
+    losses = kto_losses(ratios, desirable, kl, loss_type=loss_type, beta=beta, **options)
+    counted, rewards = batch.sequence_weights != 0, beta * ratios.detach()
+    metrics = {
+        f"rewards/{name}": (rewards * (counted & chosen)).sum() / max(count, 1)
+        for name, chosen, count in zip(("chosen", "rejected"), (desirable, ~desirable), counts)
+    }
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    metrics["rewards/accuracies"] = (batch.sequence_weights * ((rewards > beta * kl) == desirable)).sum()
+    return (batch.sequence_weights * losses).sum(), metrics
+
+
+def gkd_loss(
+    logprobs: torch.Tensor | None, batch: MicroBatch, *, sft_alpha: float = 0.0
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over the trained tokens of the global batch of their divergence from the teacher, which `batch.divergences` holds.
+
+    With `sft_alpha`, plus so many times their cross entropy, from logprobs [T] with gradient. Generalized knowledge distillation
+    (Agarwal et al. 2024). A token counts once whatever its loss scale. The metric `kl` is KL(teacher || policy), whatever beta.
+    """
+    trained = batch.weights * (batch.loss_mask != 0)
+    loss = (trained * batch.divergences).sum()
+    metrics = {"kl": (trained * batch.teacher_kl).sum()}
+    if sft_alpha:
+        assert logprobs is not None, "sft_alpha needs logprobs"
+        cross_entropy = -(trained * logprobs).sum()
+        metrics |= {"jsd_loss": loss.detach(), "sft_loss": cross_entropy.detach()}
+        loss = loss + sft_alpha * cross_entropy
+    return loss, metrics
+
+
+def logprob_sums(logprobs: torch.Tensor, batch: MicroBatch, *, ld_alpha: float | None = None) -> torch.Tensor:
+    """Logprobs of each sequence's trained tokens under the policy and under the reference (0 without one): [T] -> [B, 2].
+
+    Tokens count once whatever their loss scale, those beyond the shorter response of a pair with `ld_alpha`.
+    """
+    import torch
+
+    mask = (batch.loss_mask != 0).to(logprobs.dtype)
+    if ld_alpha is not None:
+        lengths = sequence_sums(mask, batch)
+        chosen, rejected = pairs_of(lengths)
+        shared = chosen.minimum(rejected).repeat_interleave(2)
+        shared = torch.cat([shared, lengths[len(shared) :]])
+        mask = ld_dpo_weights(mask, batch.sequence_ids, shared, ld_alpha=ld_alpha)
+    sums = sequence_sums(logprobs * mask, batch)
+    ref = batch.ref_logprobs
+    return torch.stack([sums, torch.zeros_like(sums) if ref is None else sequence_sums(ref * mask, batch)], dim=1)
+
+
+def sequence_sums(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """[T] -> [B]."""
+    return values.new_zeros(len(batch.sequence_weights)).index_add(0, batch.sequence_ids, values)
+
+
+def pairs_of(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] -> chosen [P], rejected [P]: a last sequence without a partner is padding."""
+    return values[: len(values) // 2 * 2].view(-1, 2).unbind(1)
+
+
+def share_of(loss: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """This micro batch's share of a loss of the whole batch, with the gradient of all of it."""
+    return loss - loss.detach() * (1 - share)
 
 
 def importance_log_ratio(

@@ -1,4 +1,4 @@
-"""Entry point: `python rlhf/main.py sft|rlhf|plan|check [--config FILE] [--key value ...]`; the console script `megaray`."""
+"""Entry point: `python rlhf/main.py TASK [--config FILE] [--key value ...]`, TASK as in --help; the console script `megaray`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
-    from rlhf.options import help_text, load_config
+    from rlhf.options import TRAINING, help_of, load_config
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
-        print(help_text(argv[0] if argv and not argv[0].startswith("-") else None))
+        print(help_of(argv))
         return 0
     try:
         if argv[0] == "check":
@@ -26,15 +26,22 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "plan":
             from rlhf.plan import print_plan
 
-            return print_plan(load_config(argv[1:], weights=False))
+            return print_plan(load_config(argv, weights=False))
+        config = load_config(argv)
+        if config.task == "export":
+            from rlhf.export import export
+
+            return export(config)
         from rlhf.run import run
 
-        return run(load_config(argv))
+        return run(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint", file=sys.stderr)
+        resumes = argv[0] in TRAINING
+        advice = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint" if resumes else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
 
 

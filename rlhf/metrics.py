@@ -1,4 +1,5 @@
-"""What a run shows and keeps of each step: progress, metrics.jsonl, completions.jsonl, samples.jsonl, TensorBoard, W&B.
+"""What a run shows and keeps of each step: progress, metrics.jsonl, evaluations.jsonl, completions.jsonl, samples.jsonl,
+TensorBoard, W&B.
 
 The files only grow, a line at a time, and `file_offsets` says how far: a resumed run cuts them back to its checkpoint's
 offsets, and then writes what the uninterrupted run would have written. A value that is not finite is written as null.
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
     from rlhf.config import Config
     from rlhf.records import Group, Score
 
-METRICS, COMPLETIONS, SAMPLES = FILES = ("metrics.jsonl", "completions.jsonl", "samples.jsonl")
-PHASES = {"rlhf": ("generate", "score", "logprobs", "train", "push"), "sft": ("train",)}
+METRICS, COMPLETIONS, SAMPLES, EVALUATIONS = FILES = (
+    "metrics.jsonl", "completions.jsonl", "samples.jsonl", "evaluations.jsonl"
+)  # fmt: skip
+ALWAYS = ("generate", "score", "logprobs", "train", "push")  # phases of GRPO that are there also when they took no time
 PHASE_OF_METHOD = {
     "next_batch": "data",
     "generate": "generate",
     "score": "score",
     "logprobs": "logprobs",
+    "token_logits": "logprobs",
+    "sequence_values": "logprobs",
     "train_step": "train",
+    "evaluate": "evaluate",
     "push": "push",
     "switch": "switch",
     "save": "save",
@@ -104,6 +110,14 @@ class RunLog:
             write_report(self.folder)
         self._last_step = step
 
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record metrics of the held-out rows after `step` steps."""
+        row = _plain({"step": step, **metrics})
+        self._append(EVALUATIONS, [row])
+        for reporter in self._reporters:
+            reporter.log(step, {f"evaluation/{name}": value for name, value in row.items() if name != "step"})
+        self._progress.evaluation(step, row)
+
     def close(self) -> None:
         """Write report.html and close what is open."""
         self._progress.close()
@@ -117,7 +131,7 @@ class RunLog:
 
     def _take_seconds(self) -> dict[str, float]:
         """Seconds of each phase since the last call of this, and of all since then (`step`)."""
-        seconds = dict.fromkeys(PHASES[self.config.task], 0.0)
+        seconds = dict.fromkeys(ALWAYS if self.config.task == "grpo" else ("train",), 0.0)
         for timer in self.timers:
             for method, waited in timer.take_seconds().items():
                 if method in PHASE_OF_METHOD:

@@ -6,30 +6,60 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlhf.config import ALL, Config, FrozenRole, RolloutRole
+from rlhf import inference_check
+from rlhf.adapter import with_adapter
+from rlhf.config import ALL, DEFAULTS, Config, FrozenRole, RolloutRole, Task, TeacherRole
 from rlhf.devices import find_devices
+from rlhf.export_check import complete_export
+from rlhf.megatron_folder import check_described, find_whole_megatron
 from rlhf.model_folder import local_model, read_shape
 from rlhf.option_values import check_bounds, nearest, typed, untyped
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from rlhf.validation import check_parsed, validate
+from rlhf.variables import read_environment
 
-ROLES = {"rollout": RolloutRole, "reference": FrozenRole}
+ROLES = {"rollout": RolloutRole, "reference": FrozenRole, "teacher": TeacherRole}
+FROZEN = ("reference", "teacher")
 PASS_THROUGH = ("megatron", "vllm")
-ALIASES = {"ref_model": "reference.model"}
-LATER = ("pt", "export", "infer", "eval", "rollout")
+ALIASES = {"ref_model": "reference.model", "teacher_model": "teacher.model", "max_new_tokens": "max_completion_length"}
+# The first word of a command, the option that then names the task (its default first), and the task of each value.
+COMMANDS: dict[str, tuple[str | None, dict[str | None, Task]]] = {
+    "pt": (None, {None: "pt"}),
+    "sft": (
+        "task_type",
+        {
+            "causal_lm": "sft",
+            "seq_cls": "seq_cls",
+            "embedding": "embedding",
+            "reranker": "reranker",
+            "generative_reranker": "generative_reranker",
+        },
+    ),
+    "rlhf": ("rlhf_type", {"dpo": "dpo", "kto": "kto", "rm": "rm", "gkd": "gkd", "grpo": "grpo"}),
+    "infer": (None, {None: "infer"}),
+    "eval": (None, {None: "eval"}),
+    "rollout": (None, {None: "rollout"}),
+    "export": (None, {None: "export"}),
+}
+TRAINING = tuple(command for command, (_, tasks) in COMMANDS.items() if set(tasks.values()) <= set(ALL))
 
-USAGE = """usage: megaray sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
-       megaray plan sft|rlhf [the same options]   batches, placement and memory; nothing is started
-       megaray check                              the environment, and the command that mends what is missing
-       megaray [sft|rlhf] --help"""
+USAGE = """usage: megaray pt|sft|rlhf [--config FILE.yaml] [--NAME VALUE ...]
+       megaray infer|eval [...]                      questions answered; responses to a dataset scored
+       megaray rollout [...]                         engines for `rlhf --vllm_mode server` in another terminal
+       megaray export [...]                          a model from Hugging Face's format to Megatron's, or back
+       megaray plan pt|sft|rlhf [the same options]   batches, placement and memory; nothing is started
+       megaray check                                 the environment, and the command that mends what is missing
+       megaray [pt|sft|rlhf [--task_type TYPE | --rlhf_type TYPE]|infer|eval|rollout|export] --help
+task_type (sft): causal_lm (the default), seq_cls, embedding, reranker or generative_reranker
+rlhf_type (rlhf): dpo (the default), kto, rm, gkd or grpo"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +96,29 @@ def load_config(argv: Sequence[str], *, weights: bool = True) -> Config:
     for whatever its user must mend.
     """
     config = parse(argv)
-    check_parsed(config)
-    reference = config.reference
-    if reference.model is not None:
-        reference = replace(reference, model=str(local_model(reference.model, use_hf=config.use_hf, weights=weights)))
-    folder = local_model(config.model, use_hf=config.use_hf, weights=weights)
-    config = replace(config, model=str(folder), reference=reference)
+    if config.task == "export":
+        return complete_export(config)
+    trains = config.task in ALL
+    if config.adapters:
+        config = with_adapter(config)
+    check_parsed(config) if trains else inference_check.check_parsed(config)
+    megatron = None if config.mcore_model is None else str(find_whole_megatron(config.mcore_model))
+    if config.model is None:
+        check_described(Path(megatron))
+    folder = local_model(config.model or megatron, use_hf=config.use_hf, weights=weights)
+    config = replace(config, model=str(folder), mcore_model=megatron, environment=read_environment(config.task))
+    for name in FROZEN:
+        role = getattr(config, name)
+        if role.model is not None:
+            local = local_model(role.model, use_hf=config.use_hf, weights=weights, option=f"{name}.model")
+            config = replace(config, **{name: replace(role, model=str(local))})
+    if config.reward_model is not None:
+        reward_model = local_model(config.reward_model, use_hf=config.use_hf, weights=weights, option="reward_model")
+        config = replace(config, reward_model=str(reward_model))
     config = resolve(config, read_shape(folder), gpus_per_node=find_devices().gpus)
+    if not trains:
+        inference_check.validate(config)
+        return config
     for note in validate(config, weights=weights):
         print(f"note: {note}", file=sys.stderr)
     return config
@@ -85,21 +131,36 @@ def parse(argv: Sequence[str]) -> Config:
     that cannot be understood.
     """
     words = list(argv[1:] if argv[:1] == ["plan"] else argv)
-    task = words.pop(0) if words else ""
-    if task in LATER:
-        raise ValueError(f"{task} is known but not supported yet; there are sft, rlhf, plan and check")
-    if task not in ALL:
-        raise ValueError(f"the first word is sft, rlhf, plan or check, not {task!r}" + nearest(task, ALL))
+    command = words.pop(0) if words else ""
+    there_are = f"{', '.join(COMMANDS)}, plan or check"
+    if command not in COMMANDS:
+        raise ValueError(f"the first word is {there_are}, not {command!r}" + nearest(command, COMMANDS))
+    if argv[:1] == ["plan"] and command not in TRAINING:
+        raise ValueError(f"there is no plan of {command}: plan is for {', '.join(TRAINING[:-1])} and {TRAINING[-1]}")
     given = _tokens(words)
     values: dict[str, Any] = {}
     if given.get("config") == []:
         raise ValueError("--config needs a file: --config FILE.yaml")
     for path in given.pop("config", []):
         values |= _flatten(_read_yaml(path))
-    config = Config(task=task)
-    for name, value in (values | given).items():
+    values |= given
+    task = _task(command, values)
+    config = Config(task=task, **DEFAULTS.get(task, {}))
+    for name, value in values.items():
         config = _with_option(config, name, value)
     return config
+
+
+def _task(command: str, values: dict[str, Any]) -> Task:
+    """The task of a command; takes the option that names it out of `values`."""
+    name, tasks = COMMANDS[command]
+    for other, (selector, _) in COMMANDS.items():
+        if other != command and selector in values:
+            raise ValueError(f"--{selector} belongs to {other}: write megaray {other} --{selector} {' '.join(values[selector])}")
+    value = typed(name, str, values.pop(name)) if name in values else next(iter(tasks))
+    if value not in tasks:
+        raise ValueError(f"--{name} {value}: choose from {', '.join(tasks)}" + nearest(value, tasks))
+    return tasks[value]
 
 
 def _tokens(words: Sequence[str]) -> dict[str, list[str]]:
@@ -132,7 +193,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections `rollout:`, `reference:`, `megatron:`, `vllm:` as dotted names."""
+    """Sections `rollout:`, `reference:`, `teacher:`, `megatron:`, `vllm:` as dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -187,9 +248,19 @@ def _unknown(name: str, task: str) -> str:
     return f"unknown option --{name}" + (nearest(name, names, "--") or "; --help lists them")
 
 
-def help_text(task: str | None = None) -> str:
+def help_of(argv: Sequence[str]) -> str:
+    """What `--help` prints: the options of the task that the rest of the command line names, else all."""
+    words = [word for word in argv if word not in ("-h", "--help", "plan")]
+    if not words or words[0] not in COMMANDS:
+        return help_text()
+    try:
+        return help_text(_task(words[0], _tokens(words[1:])))
+    except ValueError:
+        return help_text()
+
+
+def help_text(task: Task | None = None) -> str:
     """All options of `task` (None: of every task), grouped, each with its type, default and meaning."""
-    task = task if task in ALL else None
     groups = [cls for cls in reversed(Config.__mro__) if "__dataclass_fields__" in vars(cls)]
     groups[-1:-1] = list(ROLES.values())
     lines = [USAGE]
@@ -198,7 +269,7 @@ def help_text(task: str | None = None) -> str:
             item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)
         ]
         if options:
-            lines += ["", f"{group.__doc__}:"] + [_help_line(item) for item in options]
+            lines += ["", f"{group.__doc__}:"] + [_help_line(item, DEFAULTS.get(task, {})) for item in options]
     return "\n".join(lines)
 
 
@@ -208,8 +279,10 @@ def _group_of(option: Option) -> type:
     return next(cls for cls in Config.__mro__ if option.field.name in vars(cls).get("__annotations__", {}))
 
 
-def _help_line(option: Option) -> str:
+def _help_line(option: Option, defaults: Mapping[str, Any]) -> str:
+    """`defaults`: those of the task, where they differ."""
     default = option.field.default_factory() if callable(option.field.default_factory) else option.field.default
+    default = defaults.get(option.name, default)
     shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
     shown = str(shown).lower() if isinstance(shown, bool) else shown
     tail = f" [{shown}]" if shown not in (None, "") else ""

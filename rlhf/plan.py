@@ -5,24 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import Config
-from rlhf.counts import data_ranks, model_ranks, policy_ranks, rollout_engines, total_steps
+from rlhf.config import PAIRED, Config
+from rlhf.counts import (
+    data_ranks,
+    expert_copies,
+    frozen_group,
+    model_ranks,
+    policy_ranks,
+    rollout_engines,
+    samples,
+    total_steps,
+)
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
 from rlhf.memory import (
     GIB,
     Memory,
     engine_memory,
+    frozen_memory,
     longest_sequence,
     micro_batch_tokens,
     offloaded,
     phases,
     policy_memory,
-    reference_memory,
     responses_at_a_time,
+    reward_model_memory,
     shapes,
+    stored_logits,
 )
-from rlhf.model_folder import ModelShape
+from rlhf.model_folder import ModelShape, read_shape
+from rlhf.without_gpus import refusal_without_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +75,10 @@ def print_plan(config: Config) -> int:
 
 def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
     """The arithmetic of a resolved config. `dataset_rows`: None when unknown."""
-    shape, reference_shape = shapes(config)
+    shape, frozen_shape = shapes(config)
     copies = data_ranks(config)
-    roles = _roles(config, shape, reference_shape)
-    room = shape, reference_shape, devices.memory if devices.gpus else None
+    roles = _roles(config, shape, frozen_shape)
+    room = shape, frozen_shape, devices.memory if devices.gpus else None
     completed = complete(config, *room)
     if devices.gpus:
         peaks = phases(completed, *room)
@@ -77,7 +89,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         parameters=shape.num_parameters(),
         exact=shape.exact,
         data_size=copies,
-        prompts=config.generation_batch_size // config.num_generations if config.task == "rlhf" else None,
+        prompts=config.generation_batch_size // config.num_generations if config.task == "grpo" else None,
         micro_batches=None
         if config.micro_batch_tokens
         else config.global_batch_size // copies // config.micro_batch_size,
@@ -85,28 +97,33 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         rows=dataset_rows,
         roles=tuple(roles),
         peaks=peaks,
-        offloaded=offloaded(completed, shape, reference_shape) if devices.gpus else 0,
+        offloaded=offloaded(completed, shape, frozen_shape) if devices.gpus else 0,
         notes=tuple(filter(None, [note(config, completed, *room), warning(config, *room)])),
-        refusal=refusal(config, *room),
+        refusal=refusal(config, *room) if devices.gpus else refusal_without_gpus(config, shape),
         devices=devices,
     )
 
 
-def _roles(config: Config, shape: ModelShape, reference_shape: ModelShape | None) -> list[Role]:
+def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> list[Role]:
     ranks = policy_ranks(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
-    if config.task == "sft":
-        return [*roles, Role(name="data", count=1, place="driver's node")]
-    if reference_shape is not None:
-        count = config.reference.nproc or ranks
+    if frozen_shape is not None:
+        name = frozen_group(config)
+        count = getattr(config, name).nproc or ranks
         place = f"with the policy, {_bundles(0, min(count, ranks))}"
-        roles.append(Role(name="reference", count=count, place=place, memory=reference_memory(config, reference_shape)))
+        roles.append(Role(name=name, count=count, place=place, memory=frozen_memory(config, frozen_shape)))
+    if config.reward_model is not None:
+        place = f"with the policy, {_bundles(0, ranks)}"
+        roles.append(Role(name="reward model", count=ranks, place=place, memory=reward_model_memory(config)))
+    if not samples(config):
+        return [*roles, Role(name="data", count=1, place="driver's node")]
     engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
     shared = config.vllm_mode == "colocate"
     place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
     roles.append(Role(name="rollout", count=engines, place=place, memory=engine_memory(config, shape)))
-    rewards = Role(name="reward", count=config.reward_workers, place="any node")
-    return [*roles, rewards, Role(name="data", count=1, place="driver's node")]
+    if config.task == "grpo":
+        roles.append(Role(name="reward", count=config.reward_workers, place="any node"))
+    return [*roles, Role(name="data", count=1, place="driver's node")]
 
 
 def _bundles(first: int, count: int) -> str:
@@ -137,9 +154,8 @@ def render(config: Config, made: Plan) -> str:
 
 def _model_lines(config: Config, made: Plan) -> list[str]:
     about = "" if made.exact else " (estimated: this architecture is not one of those counted exactly)"
-    name = f"grpo on {config.model}" if config.task == "rlhf" else f"sft on {config.model}"
     return [
-        f"{name}: {made.parameters:,} parameters{about}, {config.torch_dtype}",
+        f"{config.task} on {config.model}: {made.parameters:,} parameters{about}, {config.torch_dtype}",
         f"this machine: {made.devices.name}",
     ]
 
@@ -147,8 +163,11 @@ def _model_lines(config: Config, made: Plan) -> list[str]:
 def _batch_lines(config: Config, made: Plan) -> list[str]:
     each, ranks, batch = model_ranks(config), policy_ranks(config), config.global_batch_size
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    unit = "responses" if config.task == "rlhf" else "packs" if config.packing else "rows"
+    unit = "packs" if config.packing else "responses" if config.task == "grpo" else "pairs" if config.task in PAIRED else "rows"
     lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
+    if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
+        size, tensor_size = config.expert_model_parallel_size, config.expert_tensor_parallel_size
+        lines.append(f"experts over {size} ranks, each over {tensor_size}: {expert_copies(config)} copies of each")
     if made.micro_batches is None:
         lines.append(f"global batch {batch} {unit}, packed to {config.micro_batch_tokens} tokens a micro batch")
     else:
@@ -156,6 +175,8 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
             f"global batch {batch} {unit} / DP {made.data_size} / micro batch {config.micro_batch_size} = "
             f"{made.micro_batches} micro batches a rank and step"
         )
+    if config.task == "gkd":
+        lines += _distillation_lines(config)
     if made.prompts is not None:
         updates = config.steps_per_generation * config.num_iterations
         lines.append(
@@ -175,13 +196,20 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
     return [*lines, f"optimizer steps: {steps} ({length}); a checkpoint every {config.save_steps}"]
 
 
+def _distillation_lines(config: Config) -> list[str]:
+    other = "the teacher's own" if config.seq_kd else "the dataset's"
+    share = f"{config.lmbda:.0%} of the steps on the policy's own responses, the others on {other}"
+    each = stored_logits(config, read_shape(Path(config.teacher.model)))
+    return [share, f"teacher's logits: {each:,} bytes a trained token in Ray's object store, until the end of its step"]
+
+
 def _place_lines(config: Config, made: Plan) -> list[str]:
     kind = "1 GPU" if made.devices.gpus else f"{config.cpus_per_rank:g} CPU"
-    lines = [f"{role.name:<10} {role.count} x  {role.place}" for role in made.roles]
+    lines = [f"{role.name:<12} {role.count} x  {role.place}" for role in made.roles]
     have = made.devices.gpus or made.devices.cores
     ranks = policy_ranks(config)
     own = rollout_engines(config) * config.vllm_tensor_parallel_size if config.vllm_mode == "server" else 0
-    count = ranks + (own if config.task == "rlhf" else 0)
+    count = ranks + (own if samples(config) else 0)
     wanted = count * (1 if made.devices.gpus else config.cpus_per_rank)
     lines.append(
         f"{count} bundles of {kind}" + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")
@@ -198,7 +226,7 @@ def _memory_lines(config: Config, made: Plan) -> list[str]:
     ]
     tokens = micro_batch_tokens(config)
     notes = [f"  activations: micro batches of {tokens:,} tokens, recompute {config.recompute_granularity}"]
-    if config.task == "rlhf":
+    if samples(config):
         at_a_time, longest = responses_at_a_time(config), longest_sequence(config)
         notes.append(f"  kv_cache: {at_a_time} responses at a time, each of {longest:,} tokens")
     return [head, *rows, *notes, *_peak_lines(made)]
@@ -208,7 +236,8 @@ def _peak_lines(made: Plan) -> list[str]:
     have = made.devices.memory
     if not made.devices.gpus:
         verdict = "" if made.peaks["node"] <= have else ": too much"
-        return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)"]
+        refused = ["", f"This would be refused here: {made.refusal}"] if made.refusal else []
+        return [f"  about {_gib(made.peaks['node'])} GiB on a node of {_gib(have)}{verdict} (libraries not counted)", *refused]
     lines = [f"  {phase:<22}{_gib(size):>13}{'' if size <= have else '  too much'}" for phase, size in made.peaks.items()]
     if made.offloaded:
         lines.append(f"  {'host memory of a node':<22}{_gib(made.offloaded):>13} for what is offloaded")

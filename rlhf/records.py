@@ -59,6 +59,16 @@ class RowTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowSummary:
+    """What planning needs of encoded rows. Indices count the sequences of their `RowTokens`."""
+
+    lengths: list[int]  # S: tokens of each sequence
+    trained: list[int]  # S: its tokens with a loss
+    targets: list[tuple[float, ...]]  # S: what its loss wants beside the tokens
+    units: list[list[list[int]]]  # the sequences of each row of each unit; a unit is a row, or a pack of rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The controller's view of one prompt's responses; the tokens stay in the object store."""
 
@@ -76,10 +86,11 @@ class SequenceRef:
 
     source: int  # index into `Shard.sources`
     item: int  # which sequence of that source
-    key: int  # unique in the batch: finds its old, reference and teacher logprobs
+    key: int  # unique in the batch, from 0: finds its old, reference and teacher logprobs
     length: int  # L
     weight: float = 0.0  # of each of its trained tokens in the loss of the global batch
     advantage: float = 0.0
+    targets: tuple[float, ...] = ()  # K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +105,40 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Packed sequences on a training rank. A value at position t belongs to the prediction of token t + 1."""
+    """Packed sequences on a training rank. A value at position t belongs to the prediction of token t + 1.
+
+    The sequences of a row stand one after another. A last, unmasked sequence of weight 0 may pad T to a multiple.
+    """
 
     token_ids: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # [B + 1] int32; a last, unmasked sequence may pad T to a multiple
+    cu_seqlens: torch.Tensor  # [B + 1] int32
     labels: torch.Tensor  # [T] int64: the next token of the same sequence (its last position: 0, masked)
     loss_mask: torch.Tensor  # [T] float32
     weights: torch.Tensor  # [T] float32: loss = sum over t of weights * loss_mask * token loss
     advantages: torch.Tensor  # [T] float32
     sequence_ids: torch.Tensor  # [T] int64 in 0..B-1
+    sequence_weights: torch.Tensor  # [B] float32: `weights` of the sequence
+    keys: torch.Tensor  # [B] int64: `SequenceRef.key`; -1 for the padding
+    targets: torch.Tensor  # [B, K] float32
     num_tokens: int  # of the global batch: makes metrics that are sums over tokens add up to means
     num_sequences: int  # of the global batch
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
+    divergences: torch.Tensor | None = None  # [T] float32, with gradient: from the teacher, of each trained token
+    teacher_kl: torch.Tensor | None = None  # [T] float32: KL(teacher || policy) of each trained token
+    batch_values: torch.Tensor | None = None  # [S, ...] float32 by key: what `sequence_values` gave for the whole global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogits:
+    """A teacher's logits at the N trained tokens of a sequence: a tensor rank's C columns, or those of the K likeliest tokens."""
+
+    values: np.ndarray  # [N, C] in the model's dtype (bfloat16: its bits as int16), or [N, K] float32
+    first_column: int  # token id of the first column
+    vocab_size: int  # that both models have: columns from there on count on neither side
+    ids: np.ndarray | None = None  # [N, K] int32
 
 
 @dataclass(frozen=True, kw_only=True)

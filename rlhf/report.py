@@ -7,39 +7,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhf.charts import Series, line_chart, number, stacked_bars
+from rlhf.charts import number
 from rlhf.config import Config
+from rlhf.report_charts import HELD_OUT, charts, compared, values
 from rlhf.report_page import PAGE, STYLE
 
-PHASES = {"generate": 1, "score": 5, "logprobs": 4, "train": 3, "push": 6, "switch": 8, "save": 2}  # and their colours
 FINAL_STEPS = 10  # "the end" of a run is the mean of so many last steps
 SHOWN_PROMPTS = 4
 SHOWN_RESPONSES = 2
 MAIN_OPTIONS = (
     "model", "dataset", "reward_funcs", "train_iters", "global_batch_size", "num_generations", "max_completion_length",
-    "max_length", "lr", "beta", "temperature", "tuner_type", "torch_dtype", "tensor_model_parallel_size",
+    "max_length", "lr", "beta", "teacher", "lmbda", "temperature", "tuner_type", "torch_dtype", "tensor_model_parallel_size",
     "pipeline_model_parallel_size", "vllm_mode", "seed",
 )  # fmt: skip
 
 
 def write_report(folder: Path) -> Path | None:
-    """Make `folder/report.html` from metrics.jsonl, samples.jsonl and args.json; None without a finished step."""
-    rows = _read_lines(folder / "metrics.jsonl")
+    """Make `folder/report.html` from the JSONL files of metrics, evaluations and samples, and args.json; None without a step."""
+    rows, evaluations = (_read_lines(folder / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
     if not rows:
         return None
     args = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
     title = escape(folder.name)
     sections = [
         f"<header><h1>{title}</h1><p>{_summary(rows, args)}</p></header>",
-        _tiles(rows),
-        f'<section class="charts">{_charts(rows)}</section>',
+        _tiles(rows, evaluations),
+        f'<section class="charts">{charts(rows, evaluations)}</section>',
         _failures(rows),
         _samples(_read_lines(folder / "samples.jsonl")),
         _options(args),
@@ -59,17 +59,13 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
-    return [row.get(name) for row in rows]
-
-
 def _end(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    known = [value for value in _values(rows[-FINAL_STEPS:], name) if value is not None]
+    known = [value for value in values(rows[-FINAL_STEPS:], name) if value is not None]
     return fmean(known) if known else None
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], args: Mapping[str, Any]) -> str:
-    algorithm = args.get("rlhf_type") if args.get("task") == "rlhf" else args.get("task")
+    algorithm = args.get("task")
     model = Path(str(args["model"])).name if args.get("model") else None
     data = ", ".join(Path(str(name)).name for name in args.get("dataset") or [])
     count, time = rows[-1]["step"], _duration(sum(row["seconds"]["step"] for row in rows))
@@ -85,12 +81,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
+def _tiles(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The final numbers, each beside the first step's."""
     names = {
         "reward": "Reward",
         "loss": "Loss",
-        "kl": "KL to reference",
+        "kl": f"KL {compared(rows)}",
         "response_length": "Response length, tokens",
         "rollout_train_logprob_diff": "Rollout–train logprob difference",
         "tokens_per_second": "Tokens per second",
@@ -100,6 +96,9 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
         first, last = rows[0].get(name), _end(rows, name)
         if last is not None and not (name == "loss" and "reward" in rows[0]):
             tiles.append(_tile(label, first if len(rows) > 1 else None, last))
+    for name in (name for name in HELD_OUT if evaluations and name in evaluations[-1]):
+        first, last = evaluations[0].get(name), evaluations[-1][name]
+        tiles.append(_tile(f"Held-out {HELD_OUT[name]}", first if len(evaluations) > 1 else None, last))
     seconds = [row["seconds"]["step"] for row in rows]
     tiles.append(_tile("Seconds per step", seconds[0] if len(rows) > 1 else None, fmean(seconds[-FINAL_STEPS:])))
     count = min(FINAL_STEPS, len(rows))
@@ -110,79 +109,6 @@ def _tiles(rows: Sequence[Mapping[str, Any]]) -> str:
 def _tile(label: str, first: float | None, last: float) -> str:
     small = f"<small>first step {number(first, 3)}</small>" if first is not None else ""
     return f"<div><dt>{label}</dt><dd>{number(last, 3)}{small}</dd></div>"
-
-
-def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
-    steps = [row["step"] for row in rows]
-    window = max(1, len(rows) // 20) if len(rows) >= 30 else 1
-    smooth = f"thick: running mean of {window} steps" if window > 1 else ""
-
-    def lines(title: str, note: str, *series: Series, window: int = window) -> str:
-        known = [one for one in series if any(value is not None for value in one.values)]
-        return _figure(title, note, line_chart(steps, known, window=window), known)
-
-    def one(title: str, note: str, name: str, color: int = 1, band: str | None = None) -> str:
-        spread = _values(rows, band) if band else None
-        return lines(title, note, Series(name=name, values=_values(rows, name), color=color, band=spread))
-
-    functions = [name for name in rows[-1] if name.startswith("reward/")]
-    by_function = [
-        Series(name=name.removeprefix("reward/"), values=_values(rows, name), color=i % 6 + 1)
-        for i, name in enumerate(functions)
-    ]
-    figures = [
-        one("Reward", "mean per step; band: ± reward_std, the spread within a group", "reward", 1, "reward_std"),
-        lines("Reward by function", "mean before weighting", *by_function) if len(functions) > 1 else "",
-        one("KL to the reference", "nats per token", "kl", 2),
-        one("Response length", "tokens", "response_length", 3),
-        one("Responses cut off", "share that reached max_completion_length", "cut_off", 3),
-        one("Groups without signal", "share whose rewards are all equal", "groups_without_signal", 5),
-        one("Loss", "", "loss", 4),
-        one("Gradient norm", "before clipping", "grad_norm", 5),
-        lines("Learning rate", "", Series(name="lr", values=_values(rows, "lr"), color=6), window=1),
-        one("Rollout–train difference", "mean |logprob difference|, nats per token", "rollout_train_logprob_diff", 2),
-        _phases(rows, steps),
-        one("Throughput", "tokens per second", "tokens_per_second", 3),
-        _gpu_memory(rows, lines),
-    ]
-    if smooth:
-        figures.append(f'<p class="note wide">Thin line: each step; {smooth}. Hover over a chart for values.</p>')
-    return "".join(figures)
-
-
-def _gpu_memory(rows: Sequence[Mapping[str, Any]], lines: Callable[..., str]) -> str:
-    """What was in use in each phase; empty without GPUs."""
-    measured = [
-        Series(name=phase, values=_values(rows, f"max_gpu_gib_{phase}"), color=PHASES[phase])
-        for phase in ("train", "push", "generate")
-    ]
-    predicted = [(one.name, rows[-1].get(f"predicted_gpu_gib_{one.name}")) for one in measured]
-    expected = ", ".join(f"{phase} {number(gib, 3)}" for phase, gib in predicted if gib is not None)
-    return lines("GPU memory", f"most in use on one GPU, GiB; predicted: {expected}", *measured, window=1)
-
-
-def _phases(rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> str:
-    layers = []
-    for phase, color in PHASES.items():
-        values = [row["seconds"].get(phase) for row in rows]
-        if any(values):
-            layers.append(Series(name=phase, values=values, color=color))
-    other = []
-    for row in rows:
-        known = sum(row["seconds"].get(phase) or 0 for phase in PHASES)
-        other.append(max(0.0, (row["seconds"].get("step") or 0) - known))
-    if any(other):
-        layers.append(Series(name="other", values=other, color=7))
-    bars = stacked_bars(steps, layers, unit="s") if layers else ""
-    return _figure("Time per phase", "seconds per step", bars, layers)
-
-
-def _figure(title: str, note: str, svg: str, series: Sequence[Series]) -> str:
-    if not svg:
-        return ""
-    keys = "".join(f'<span><i style="background:var(--c{one.color})"></i>{escape(one.name)}</span>' for one in series)
-    legend = f'<span class="legend">{keys}</span>' if len(series) > 1 else ""
-    return f"<figure><figcaption><b>{title}</b> <span>{note}</span>{legend}</figcaption>{svg}</figure>"
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -255,7 +181,8 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 def _response(row: Mapping[str, Any]) -> str:
     by_function = row["by_function"] if len(row["by_function"]) > 1 else {}
-    parts = [f"reward {number(row['reward'])}", *(f"{escape(k)} {number(v)}" for k, v in by_function.items())]
+    reward = [f"reward {number(row['reward'])}"] if row["by_function"] else []
+    parts = [*reward, *(f"{escape(k)} {number(v)}" for k, v in by_function.items())]
     if row["finish_reason"] == "length":
         parts.append("cut at the length limit")
     return f'<pre class="response">{escape(row["response"])}</pre><p class="score">{" · ".join(parts)}</p>'

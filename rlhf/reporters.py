@@ -22,6 +22,9 @@ PROGRESS = {
     "length": ("response_length", ".1f"),
     "kl": ("kl", ".3g"),
     "loss": ("loss", ".4g"),
+    "accuracy": ("rewards/accuracies", ".3f"),
+    "right": ("accuracy", ".3f"),
+    "recall": ("recall@1", ".3f"),
     "grad": ("grad_norm", ".3g"),
     "lr": ("lr", ".2e"),
     "tok/s": ("tokens_per_second", ",.0f"),
@@ -64,6 +67,11 @@ class Progress:
         elif not self._printed or step // every > last // every or step >= self.total_steps:
             self._printed = True
             print(f"step {step}/{self.total_steps}  {text}", flush=True)
+
+    def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        """A line of its own: held-out metrics are few."""
+        parts = [f"{name} {value:.4g}" for name, value in row.items() if name != "step" and isinstance(value, float)]
+        self._console.print(f"evaluation after step {step}/{self.total_steps}  {'  '.join(parts)}", highlight=False)
 
     def text(self, step: int, row: Mapping[str, Any]) -> str:
         """The step's main metrics, its seconds and the time that is left."""

@@ -20,7 +20,10 @@ from rlhf.generation import Generation
 from rlhf.records import Group, Prompt, PushReport
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from actors.group import ActorGroup
+    from actors.rollout import GroupSummary
     from rlhf.config import Config
 
 MAX_DEATHS = 3  # of engines, without one completed group or push in between
@@ -37,15 +40,17 @@ class RolloutEngines:
         *,
         num_engines: int,
         config: Config,
+        start: Callable[[Any], ray.ObjectRef] = lambda engine: engine.setup.remote(),
         sender_of: Callable[[int], int] = lambda index: 0,
         neighbours: Sequence[ActorGroup] = (),
     ):
-        """`sender_of(index)`: the policy rank that pushes to an engine.
+        """`start(engine)`: what makes it ready. `sender_of(index)`: the policy rank that pushes to an engine.
 
         `neighbours` use the engines' GPUs by turns: engines that have some sleep after their set-up. They are to be set up
         before the engines' own `setup`, since vLLM measures what they left.
         """
-        self.spawn, self.config, self.sender_of, self.neighbours = spawn, config, sender_of, neighbours
+        self.spawn, self.config, self.start = spawn, config, start
+        self.sender_of, self.neighbours = sender_of, neighbours
         self.asleep = bool(neighbours)
         self.away: list[ActorGroup] = []  # neighbours that have left the GPUs
         self.version = 0  # of the last push
@@ -67,7 +72,7 @@ class RolloutEngines:
             self._leave(weights=True)
         while self.starting:
             for index in self.starting:
-                self.starting[index] = self.starting[index] or self.engines[index].setup.remote()
+                self.starting[index] = self.starting[index] or self.start(self.engines[index])
             index, ref = next(iter(self.starting.items()))
             try:
                 self._get(ref, index, "setup", self.config.call_timeout)
@@ -105,9 +110,11 @@ class RolloutEngines:
         """n responses to every prompt with the current weights; a group comes out when it is complete.
 
         `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length and
-        stop_words. With `deterministic`, prompts are dealt out instead of pulled, and each engine starts its share at
-        once and in order.
+        stop_words; its `excluded_ids` are never sampled. With `deterministic`, prompts are dealt out instead of pulled, and
+        each engine starts its share at once and in order. Engines that made room since the last push get the weights again.
         """
+        if self.asleep and self.policy is not None:
+            self.push(self.policy)
         start, elsewhere = time.monotonic(), self.seconds["push"] + self.seconds["switch"]
         self.setup()
         try:
@@ -117,6 +124,29 @@ class RolloutEngines:
         finally:
             elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # to replace an engine
             self.seconds["generate"] += time.monotonic() - start - elsewhere
+
+    def stream(self, token_ids: np.ndarray) -> Iterator[str | GroupSummary]:
+        """One response to a prompt [P] from the first engine: pieces of its text as they are sampled, then its summary."""
+        self.setup()
+        sampling = {"stop_words": self.stop_words}
+        items = self.engines[0].stream.options(num_returns="streaming").remote(token_ids, self.version, sampling)
+        timeout = self.config.call_timeout
+        while True:
+            if not ray.wait([items], timeout=timeout)[0]:
+                raise self.late(0, "stream", timeout)
+            try:
+                yield ray.get(next(items))
+            except StopIteration:
+                return
+            except RayActorError as error:
+                raise RankFailure(f"rollout engine 0 died during `stream`: {_first_line(error)}") from error
+
+    def mend(self) -> list[int]:
+        """Replace engines that died while nothing was asked of them; which ones."""
+        _, dead = self._ask("version")
+        self._replace_dead(dead, "version")
+        self.deaths = 0
+        return sorted(dead)
 
     def metrics(self) -> dict[str, Any]:
         """What the log says of the engines: the version they answer for, how often one was replaced, memory in use on GPUs."""
@@ -238,15 +268,14 @@ class RolloutEngines:
         engine = self.engines[index] = self.spawn(index)
         if self.neighbours:
             engine.load_libraries.remote()
-        self.starting[index] = None if self.neighbours else engine.setup.remote()
+        self.starting[index] = None if self.neighbours else self.start(engine)
 
     def _count_death(self, index: int, call: str, error: Exception) -> None:
         self.restarts += 1
         self.deaths += 1
         if self.deaths > MAX_DEATHS:
-            first_line = str(error).strip().split("\n")[0]
             raise RankFailure(
-                f"rollout engine {index} died during `{call}`, death {self.deaths} in a row of an engine: {first_line}"
+                f"rollout engine {index} died during `{call}`, death {self.deaths} in a row of an engine: {_first_line(error)}"
             ) from error
 
     def _get(self, ref: ray.ObjectRef, index: int, call: str, timeout: float) -> Any:
@@ -269,3 +298,7 @@ class RolloutEngines:
             return "no answer"
         except RayActorError:
             return "dead"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

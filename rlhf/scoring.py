@@ -13,11 +13,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewards.calling import Failure, Outcome, Request
+from rlhf.counts import reward_names
 from rlhf.records import Group, Score
 from rlhf.reward_process import LOST, RewardProcess, ScoringError
+
+if TYPE_CHECKING:
+    from rlhf.model_reward import ModelReward
 
 # A function that hangs or dies costs a deadline and a new process each time: after this many in a row the run ends.
 LOST_IN_A_ROW = 32
@@ -69,12 +73,15 @@ class _Siblings:
 
 
 class Scorer:
-    """Scores groups on `config.reward_workers` workers that `spawn(index)` makes."""
+    """Scores groups on `config.reward_workers` workers that `spawn(index)` makes, and by a reward model, if there is one."""
+
+    model: ModelReward | None = None  # scores the groups of a step together, when engines need their devices no more
 
     def __init__(self, spawn: Callable[[int], Any], config: Any, *, max_steps: int | None = None):
         self.functions: list[str] = list(config.reward_funcs)
-        self.weights: list[float] = list(config.reward_weights or [1.0] * len(self.functions))
-        assert len(self.weights) == len(self.functions), (self.weights, self.functions)
+        names = reward_names(config)
+        self.weights: list[float] = list(config.reward_weights or [1.0] * len(names))
+        assert len(self.weights) == len(names), (self.weights, names)
         self.deadline, self.max_steps = config.reward_timeout, max_steps
         self.seconds: dict[str, float] = defaultdict(float)
         self.tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -83,7 +90,8 @@ class Scorer:
         self.ready = 0
         self.singly: set[str] = set()  # functions too slow for a whole group, but not for one completion
         self.lost_in_a_row: Counter[str] = Counter()  # by function: timeouts and deaths since its last outcome
-        self.workers = [RewardProcess(index, spawn, config.call_timeout) for index in range(config.reward_workers)]
+        count = config.reward_workers if self.functions else 0
+        self.workers = [RewardProcess(index, spawn, config.call_timeout) for index in range(count)]
         self.threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self.workers]
         for thread in self.threads:
             thread.start()
@@ -112,6 +120,10 @@ class Scorer:
             with self.changed:
                 self.changed.wait_for(lambda: self.error or not current.open_outcomes)
                 self._raise_error()
+            if self.model is not None:
+                scores = self.model.score([group for group, _ in current.outcomes])
+                for (_, outcomes), values in zip(current.outcomes, scores, strict=True):
+                    outcomes[self.model.name] = list(values)
             self.seconds["score"] += time.monotonic() - start
         finally:
             current.cancelled = True

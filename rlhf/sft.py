@@ -1,20 +1,21 @@
-"""Supervised fine-tuning: next batch, pack, update, log, save."""
+"""Pre-training and supervised fine-tuning: next batch, pack, update."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf.batching import row_shards
-from rlhf.checkpoint import Checkpoints
 from rlhf.cluster import Roles
 from rlhf.config import Config
+from rlhf.data import RowBatch
 from rlhf.losses import sft_loss
-from rlhf.metrics import RunLog
+from rlhf.supervised import Update, train_on_rows
 
 
-def train_sft(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkpoints, start: int, total: int) -> None:
-    """Optimizer steps `start` to `total`."""
-    for step in range(start, total):
-        batch = roles.data.next_batch(config.global_batch_size)
-        shards = row_shards(batch, config, data_size=roles.policy.data_size)
-        metrics = roles.policy.on_shards("train_step", shards, sft_loss, None, None)[0]
-        log.step(step + 1, metrics | {"tokens": sum(batch.lengths)})
-        checkpoints.save_if_due(step + 1, roles.policy, roles.data.state())
+def train_sft(config: Config, roles: Roles, **run: Any) -> None:
+    """The loss is the mean over the trained tokens of a global batch; `run` as in `train_on_rows`."""
+
+    def prepare(batch: RowBatch, training: bool) -> Update:
+        return Update(shards=row_shards(batch, config, data_size=roles.policy.data_size, weigh="tokens"), loss=sft_loss)
+
+    train_on_rows(config, roles, prepare, **run)

@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 _REASONS: dict[str, str] = {
-    "mixture-of-experts models are not supported yet": """
-        expert_model_parallel_size=1 expert_tensor_parallel_size=1 moe_grouped_gemm=true,false moe_permute_fusion=false
-        moe_shared_expert_overlap=false moe_aux_loss_coeff=0 moe_z_loss_coeff moe_expert_capacity_factor experts_impl
-        moe_pad_expert_input_to_capacity=false moe_token_drop_policy=probs moe_router_dtype=fp32
-        moe_layer_recompute=false moe_token_dispatcher_type=alltoall moe_enable_deepep=false
-        moe_router_load_balancing_type router_replay_mode=disabled""",
+    "this setting of mixture-of-experts models is not supported yet": """
+        experts_impl moe_enable_deepep=false moe_router_load_balancing_type router_replay_mode=disabled""",
+    "use --recompute_modules moe": "moe_layer_recompute=false",
+    "mcore-bridge builds the experts of a rank as one grouped layer": "moe_grouped_gemm=true",
+    "allgather takes sequences of one length only, flex needs DeepEP": "moe_token_dispatcher_type=alltoall",
     "multi-token prediction and architectures that need it are not supported yet": """
         mtp_num_layers=0 mtp_loss_scaling_factor=0.1 mtp_decoder_input_detach=false mtp_shared_weights=false
         engram_tokenizer_map dsa_indexer_loss_coeff=0 dsa_indexer_use_sparse_loss=false apply_dsa_kernel_fusion=false
@@ -35,9 +34,9 @@ _REASONS: dict[str, str] = {
         pipeline_model_parallel_layout microbatch_group_size_per_vp_stage account_for_embedding_in_pipeline_split=false
         account_for_loss_in_pipeline_split=false overlap_p2p_comm=true,false batch_p2p_comm
         align_param_gather=true,false""",
-    "overlapped communication is not supported yet": """
-        tp_comm_overlap=false overlap_grad_reduce=false overlap_param_gather=false
-        overlap_param_gather_with_optimizer_step=false align_grad_reduce=true,false nccl_comm_warmup=false""",
+    "this overlapping of communication is not supported yet": """
+        tp_comm_overlap=false overlap_param_gather_with_optimizer_step=false align_grad_reduce=true,false
+        nccl_comm_warmup=false""",
     "Megatron-FSDP is not supported yet; use_distributed_optimizer splits the optimizer's state": """
         use_megatron_fsdp=false strict_fsdp_dtensor_load=true data_parallel_sharding_strategy""",
     "FP8, FP4 and quantized training are not supported yet": """
@@ -49,8 +48,7 @@ _REASONS: dict[str, str] = {
         use_precision_aware_optimizer=false main_grads_dtype=fp32 main_params_dtype=fp32 exp_avg_dtype=fp32
         exp_avg_sq_dtype=fp32 accumulate_allreduce_grads_in_fp32=true""",
     "this kind of offloading is not supported yet": """
-        optimizer_cpu_offload=false optimizer_offload_fraction=1 optimizer_cuda_graph=false offload_bridge=false
-        offload_teacher_model=false move_model_batches""",
+        optimizer_cuda_graph=false offload_bridge=false offload_teacher_model=false move_model_batches""",
     "the optimizer is Adam": """
         optimizer=adam sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
         muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor muon_scalar_optimizer muon_lr
@@ -62,9 +60,8 @@ _REASONS: dict[str, str] = {
         padding_free=true group_by_length=false padding_side mlp_padding_free=false""",
     "streaming datasets are not supported yet": """
         streaming=false shuffle_buffer_size interleave_prob stopping_strategy""",
-    "evaluation during training is not supported yet": """
-        val_dataset cached_val_dataset split_dataset_ratio=0 eval_iters=-1,0 eval_steps val_dataset_shuffle=false
-        num_generations_eval metric_for_best_model greater_is_better""",
+    "this kind of evaluation is not supported yet": """
+        cached_val_dataset val_dataset_shuffle=false num_generations_eval metric_for_best_model greater_is_better""",
     "this way of preparing the dataset is not supported yet": """
         cached_dataset lazy_tokenize=false packing_num_proc=1 packing_strategy download_mode=reuse_dataset_if_exists
         columns strict=false disable_auto_column_mapping=false model_name model_author custom_dataset_info
@@ -83,10 +80,10 @@ _REASONS: dict[str, str] = {
         local_repo_path model_kwargs check_model=true bridge_backend=mcore-bridge enable_npu_model_patch=true
         perform_initialization=false use_cpu_initialization=false data_parallel_random_init=false""",
     "only language modelling is supported yet": """
-        task_type=causal_lm num_labels problem_type mrl_dims enable_dft_loss=false enable_channel_loss=false""",
+        task_type=causal_lm mrl_dims enable_dft_loss=false enable_channel_loss=false""",
     "give a Hugging Face folder as --model, or continue a run by --resume_from_checkpoint": """
-        mcore_model mcore_adapter mcore_ref_model mcore_ref_adapter adapters ref_adapters no_load_optim=false
-        no_load_rng=false load_args=false load_data_args=false""",
+        mcore_ref_model mcore_ref_adapter ref_adapters load_args=false load_data_args=false""",
+    "`export --mcore_model CHECKPOINT --to_hf true` merges an adapter's checkpoint too": "mcore_adapter",
     "checkpoints are written as one folder a step, complete or not at all": """
         save_strategy=steps async_save=false max_shard_size=5GB save_missing_weights=false
         create_checkpoint_symlink=false
@@ -100,14 +97,12 @@ _REASONS: dict[str, str] = {
     "callbacks are not supported": "callbacks",
     "only the plain form of LoRA and full training are supported yet": """
         freeze_parameters freeze_parameters_regex freeze_parameters_ratio=0 trainable_parameters
-        trainable_parameters_regex target_regex modules_to_save lora_bias=none lora_dtype use_rslora=false
+        trainable_parameters_regex target_regex lora_bias=none lora_dtype use_rslora=false
         tuner_backend=peft use_swift_lora=false""",
-    "rlhf_type dpo, kto and rm are not supported yet": """
-        rpo_alpha reference_free=false label_smoothing=0 f_divergence_type=reverse_kl desirable_weight=1
-        undesirable_weight=1 calculate_KL center_rewards_coefficient""",
-    "teachers (rlhf_type gkd) are not supported yet": """
-        teacher_model teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key gkd_logits_topk
-        lmbda seq_kd=false sft_alpha=0 teacher_kl_coef=1""",
+    "the loss type says whether there is a KL term: use --loss_type kto or apo_zero_unpaired": "calculate_KL",
+    "the teacher is one model that the run itself loads, of the architecture that its folder says": """
+        teacher_model_type teacher_model_revision teacher_model_server teacher_tag_key""",
+    "teachers are for rlhf_type gkd": "teacher_kl_coef=1",
     "loss types sapo, real and fipo are not supported yet": """
         tau_pos=1 tau_neg=1.05 real_tau=0.5 fipo_decay_rate fipo_clip_range fipo_clip_high_only
         fipo_safety_threshold""",
@@ -116,27 +111,24 @@ _REASONS: dict[str, str] = {
         off_policy_sequence_mask_delta log_entropy=false top_entropy_quantile=1 log_rollout_offpolicy_metrics=false
         sync_ref_model=false ref_model_sync_steps ref_model_mixup_alpha structured_outputs_regex""",
     "generation and training do not overlap yet": "async_generate=false max_staleness=0",
-    "reward models are not supported yet; reward functions are": "reward_model reward_model_plugin",
+    "a reward model's score is taken as it is; for anything else write a reward function": "reward_model_plugin",
     "conversations of several turns are not supported yet": """
         multi_turn_scheduler max_turns=1 completion_length_limit_scope=per_round use_gym_env=false gym_env
         vllm_server_pass_dataset=false""",
-    "responses come from vLLM engines that the job starts itself": """
+    "responses come from vLLM engines of the job's Ray cluster: its own, or those of `megaray rollout` (--rollout_name)": """
         use_vllm=true vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_server_group_port
-        num_beams=1 logprobs top_logprobs stream=false""",
-    "use --max_completion_length": "max_new_tokens",
+        num_beams=1 logprobs top_logprobs""",
     "use --vllm.NAME VALUE": "vllm_engine_kwargs vllm_disable_cascade_attn=false",
     "adapters are merged before each push": "vllm_enable_lora=false",
     "colocated engines sleep at level 2": "sleep_level=2",
     "use --megatron.NAME VALUE": """
         megatron_extra_kwargs masked_softmax_fusion bias_dropout_fusion bias_activation_fusion apply_rope_fusion
         attention_softmax_in_fp32=true apply_query_key_layer_scaling cross_entropy_fusion_impl=native""",
-    "it needs apex, which is not used": "gradient_accumulation_fusion=false",
     "Ray starts, places and connects the processes": """
         use_ray=true device_groups local_rank ddp_backend skip_megatron_init=false te_rng_tracker=false""",
     "use --call_timeout": "ddp_timeout",
     "not supported": "manual_gc=false manual_gc_steps=0 manual_gc_eval ignore_args_error=false",
     "use --external_plugins": "custom_register_path",
-    "`export` is not supported yet": "to_mcore to_hf test_convert_precision test_convert_dtype exist_ok",
 }
 
 # What users of other programs, or of older ms-swift, type: the name that does it here.
@@ -147,6 +139,7 @@ ELSEWHERE: dict[str, str] = {
     "save": "output_dir", "save_interval": "save_steps", "log_interval": "logging_steps", "load": "model",
     "num_workers": "dataloader_num_workers", "kl_coef": "beta", "cliprange": "epsilon", "plugin": "external_plugins",
     "model_id_or_path": "model", "model_name_or_path": "model", "max_seq_length": "max_length", "dtype": "torch_dtype",
+    "vllm_data_parallel_size": "rollout.num_engines",
 }  # fmt: skip
 
 

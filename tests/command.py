@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,18 +17,29 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(*arguments: Any, log: Path, address: str = "local") -> subprocess.Popen:
+def start(*arguments: Any, log: Path, address: str = "local", **environment: str) -> subprocess.Popen:
     """Start `python rlhf/main.py ARGUMENTS` on a Ray of its own, or on the one at `address`; its output in `log`."""
     command = [sys.executable, str(ROOT / "rlhf" / "main.py"), *map(str, arguments)]
-    env = os.environ | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"} | environment
     with open(log, "w") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=log.parent)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=log.parent,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may have it ignored
+        )
 
 
-def run(*arguments: Any, log: Path, timeout: float = 300, address: str = "local") -> tuple[int, str]:
-    """Run to the end: (exit status, output)."""
+def run(*arguments: Any, log: Path, timeout: float = 300, address: str = "local", lines: str = "") -> tuple[int, str]:
+    """Run to the end, `lines` on its standard input: (exit status, output)."""
     process = start(*arguments, log=log, address=address)
     try:
+        process.stdin.write(lines)
+        process.stdin.close()
         return process.wait(timeout), log.read_text()
     finally:
         process.kill()

@@ -17,20 +17,34 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
+STARTS = 12  # of a process before another takes its place
 
 
 def policy_config(model: Path, **options: Any) -> SimpleNamespace:
     """The attributes of the run's config that a policy rank reads."""
     role = SimpleNamespace(model=None, tensor_model_parallel_size=None, pipeline_model_parallel_size=None, nproc=None)
     defaults = {
-        "task": "rlhf",
+        "task": "grpo",
         "model": str(model),
+        "mcore_model": None,
         "torch_dtype": None,
         "seed": 42,
         "temperature": TEMPERATURE,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "sequence_parallel": False,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+        "moe_permute_fusion": False,
+        "moe_shared_expert_overlap": False,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_expert_capacity_factor": None,
+        "moe_pad_expert_input_to_capacity": False,
+        "moe_token_drop_policy": "probs",
+        "moe_router_dtype": "fp32",
         "use_distributed_optimizer": True,
         "train_iters": 10,
         "num_train_epochs": None,
@@ -38,7 +52,10 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "recompute_method": None,
         "recompute_num_layers": None,
         "recompute_modules": ["core_attn"],
-        "attention_backend": "flash",
+        "attention_backend": None,
+        "gradient_accumulation_fusion": None,
+        "optimizer_cpu_offload": False,
+        "optimizer_offload_fraction": 1.0,
         "cross_entropy_loss_fusion": True,
         "lr": 1e-3,
         "min_lr": 0.0,
@@ -55,17 +72,27 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "lora_alpha": 8.0,
         "lora_dropout": 0.0,
         "target_modules": ["all-linear"],
+        "modules_to_save": [],
         "merge_lora": None,
         "save_safetensors": True,
         "no_save_optim": False,
         "no_save_rng": False,
+        "no_load_optim": False,
+        "no_load_rng": False,
         "call_timeout": 120.0,
         "push_timeout": 60.0,
         "deterministic": False,
         "offload_model": False,
         "offload_optimizer": False,
         "megatron": {},
+        "environment": {},
+        "num_labels": None,
+        "problem_type": None,
         "reference": role,
+        "teacher": role,
+        "beta": 0.5,
+        "sft_alpha": 0.0,
+        "gkd_logits_topk": None,
     }
     unknown = set(options) - set(defaults)
     assert not unknown, unknown
@@ -75,12 +102,14 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
 class PolicyHost:
     """A process that holds one rank after another."""
 
-    def start(self, config: Any, rank: int, world_size: int, frozen: bool = False) -> None:
+    def start(self, config: Any, rank: int, world_size: int, kind: str = "Policy", role: str | None = None) -> None:
+        from actors.exporter import Exporter
         from actors.frozen import Frozen
         from actors.policy import Policy
 
         self.stop()
-        self.held = (Frozen if frozen else Policy)(config, rank=rank, world_size=world_size)
+        kinds = {"Policy": Policy, "Frozen": Frozen, "Exporter": Exporter}
+        self.held = kinds[kind](config, rank=rank, world_size=world_size, **({} if role is None else {"role": role}))
 
     def stop(self) -> None:
         import sys
@@ -93,11 +122,23 @@ class PolicyHost:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+        from mcore_bridge.bridge import gpt_bridge
+
+        gpt_bridge.EP_PP_GROUP = None  # mcore-bridge makes one for the life of a process
         for name in ("FLASH", "FUSED", "UNFUSED"):
             os.environ.pop(f"NVTE_{name}_ATTN", None)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.held, method)(*args)
+        return getattr(self if method == "gradients" else self.held, method)(*args)
+
+    def gradients(
+        self, shard: Shard, loss: Any, old: Any = None, ref: Any = None, batch_values: Any = None, teacher: Any = None
+    ) -> dict[str, np.ndarray]:
+        """By parameter, those of a step that is not taken, summed over the data ranks; without the distributed optimizer."""
+        policy = self.held
+        policy.training.zero_gradients()
+        policy._run(policy._packed(shard, old, ref, batch_values), loss, teacher, backward=True)
+        return {name: parameter.main_grad.numpy().copy() for name, parameter in policy.training.module.named_parameters()}
 
     def host_bytes(self) -> int:
         """Of the host memory that the optimizer's state goes to."""
@@ -120,12 +161,21 @@ class Hosts:
     """The processes of a test session; `start` makes them a group."""
 
     actors: list[Any]
+    gpus: float = 0
+    starts: int = 0
 
-    def start(self, config: Any, size: int, *, frozen: bool = False) -> Group:
+    def start(self, config: Any, size: int, *, kind: str = "Policy", frozen: str | None = None, keep: bool = False) -> Group:
+        """`frozen`: the role of ranks that only score, reference or teacher. `keep`: what the last group has put stays."""
         import ray
 
+        self.starts += 1
+        if self.starts >= STARTS and not keep:  # threads of gloo's, some 20 of each start, never end
+            self.starts = 0
+            for actor in self.actors:
+                ray.kill(actor)
+            self.actors = start_hosts(len(self.actors), gpus=self.gpus).actors
         used = self.actors[:size]
-        ray.get([actor.start.remote(config, rank, size, frozen) for rank, actor in enumerate(used)])
+        ray.get([actor.start.remote(config, rank, size, "Frozen" if frozen else kind, frozen) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
         infos = ray.get([actor.call.remote("setup", master) for actor in used], timeout=120)
         return Group(actors=used, infos=infos)
@@ -152,10 +202,24 @@ class Group:
         import ray
 
         refs = [actor.call.remote(method, shards[info.data_rank], *args) for actor, info in zip(self.actors, self.infos)]
-        results = [result[1] if method == "logprobs" else result for result in ray.get(refs, timeout=120)]
+        two = method in ("logprobs", "sequence_values")
+        results = [result[1] if two else result for result in ray.get(refs, timeout=120)]
         for result, info in zip(results, self.infos):
             assert (result is not None) == info.returns_logprobs
         return [result for result in results if result is not None]
+
+    def gradients(self, shards: list[Shard], *args: Any) -> dict[str, np.ndarray]:
+        """Of the first rank."""
+        import ray
+
+        calls = zip(self.actors, self.infos)
+        return ray.get([actor.call.remote("gradients", shards[info.data_rank], *args) for actor, info in calls], timeout=120)[0]
+
+    def on_shards_refs(self, method: str, shards: list[Shard], *args: Any) -> list[Any]:
+        """As `on_shards`, by reference."""
+        import ray
+
+        return [ray.put(result) for result in self.on_shards(method, shards, *args)]
 
     def logprobs(self, shards: list[Shard], *args: Any) -> dict[int, np.ndarray]:
         merged: dict[int, np.ndarray] = {}
@@ -175,7 +239,7 @@ def start_hosts(count: int, *, gpus: float = 0) -> Hosts:
     import ray
 
     kind = ray.remote(PolicyHost).options(num_cpus=1, num_gpus=gpus)
-    return Hosts(actors=[kind.remote() for _ in range(count)])
+    return Hosts(actors=[kind.remote() for _ in range(count)], gpus=gpus)
 
 
 def random_rows(count: int, *, seed: int = 0, longest: int = 40, vocabulary: int = 512) -> RowTokens:

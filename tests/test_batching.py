@@ -1,9 +1,11 @@
 import random
 
+import numpy as np
 import pytest
 
-from rlhf.batching import make_shards, pack, token_weights
-from rlhf.records import SequenceRef
+from rlhf.batching import make_shards, pack, response_shards, token_weights
+from rlhf.config import Config
+from rlhf.records import Group, Prompt, SequenceRef
 
 
 @pytest.mark.parametrize("limit", [{"max_sequences": 3}, {"max_tokens": 40}])
@@ -58,3 +60,21 @@ def test_token_weights_follow_each_loss_type():
     assert weights["grpo"] == pytest.approx([1 / 6, 1 / 9, 0])  # mean of the sequence, then over 3 sequences
     assert weights["dapo"] == weights["bnpo"] == pytest.approx([1 / 5, 1 / 5, 0])  # 2 + 3 counted tokens
     assert weights["dr_grpo"] == pytest.approx([1 / 24, 1 / 24, 0])  # 3 sequences x 8 tokens
+
+
+def test_every_token_of_the_responses_weighs_the_same():
+    lengths = [(3, 5), (2,), (10,)]
+    groups = [
+        Group(
+            prompt=Prompt(index=i, token_ids=np.zeros(4, np.int32), messages=[], columns={}), tokens=f"tokens {i}",
+            texts=("",) * len(own), finish_reasons=("stop",) * len(own), response_lengths=own, weight_version=1,
+        )
+        for i, own in enumerate(lengths)
+    ]  # fmt: skip
+    shards = response_shards(groups, Config(task="gkd", micro_batch_size=1), data_size=2)
+    placed = [(shard.sources[ref.source], ref) for shard in shards for batch in shard.micro_batches for ref in batch]
+    assert sorted((source, ref.item, ref.key, ref.length) for source, ref in placed) == [
+        ("tokens 0", 0, 0, 7), ("tokens 0", 1, 1, 9), ("tokens 1", 0, 2, 6), ("tokens 2", 0, 3, 14)
+    ]  # fmt: skip
+    assert {ref.weight for _, ref in placed} == {1 / 20}
+    assert {(shard.num_tokens, shard.num_sequences) for shard in shards} == {(20, 4)}

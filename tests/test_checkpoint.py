@@ -7,7 +7,6 @@ import re
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +31,7 @@ class Disk:
 
 
 def config(output: Path, **options) -> Config:
-    run = {"task": "rlhf", "model": "/models/tiny", "output_dir": str(output), "run_name": "run", "save_steps": 10}
+    run = {"task": "grpo", "model": "/models/tiny", "output_dir": str(output), "run_name": "run", "save_steps": 10}
     return Config(**run | options)
 
 
@@ -230,17 +229,17 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_the_run_folder_is_named_by_task_model_and_time_and_holds_the_options(tmp_path):
-    folder = run_folder(config(tmp_path, run_name=None, rlhf_type="grpo"))
+    folder = run_folder(config(tmp_path, run_name=None))
     assert time.strftime("grpo-tiny-%Y%m%d-") in folder.name
     assert json.loads((folder / "args.json").read_text())["save_steps"] == 10
 
 
 def test_a_run_that_starts_from_a_checkpoint_does_not_inherit_its_manifest(tmp_path):
-    from actors.megatron.checkpoint import _copy_companions
+    from actors.model_folder import copy_companions
 
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     for name in ("manifest.json", "controller.json", "tokenizer.json", "config.json"):
         (source / name).write_text("{}")
-    _copy_companions(SimpleNamespace(folder=source), target, config=False)
+    copy_companions(source, target, dtype=None)
     assert sorted(path.name for path in target.iterdir()) == ["tokenizer.json"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import Config
-from rlhf.options import ALIASES, help_text, load_config, parse, supported
+from rlhf.options import ALIASES, COMMANDS, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from tests.model_json import TINY, write_model
@@ -24,11 +24,16 @@ MS_SWIFT = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False,
     "use_distributed_optimizer": True, "micro_batch_size": 1, "global_batch_size": 16, "train_iters": None,
     "num_train_epochs": None, "recompute_granularity": "selective", "recompute_method": None,
-    "recompute_num_layers": None, "recompute_modules": ["core_attn"], "attention_backend": "flash",
+    "recompute_num_layers": None, "recompute_modules": ["core_attn"],
+    "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1, "overlap_grad_reduce": False,
+    "overlap_param_gather": False, "optimizer_cpu_offload": False, "optimizer_offload_fraction": 1.0,
+    "moe_permute_fusion": False, "moe_shared_expert_overlap": False, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None,
+    "moe_expert_capacity_factor": None, "moe_pad_expert_input_to_capacity": False, "moe_token_drop_policy": "probs",
+    "moe_router_dtype": "fp32", "modules_to_save": [], "no_load_optim": False, "no_load_rng": False,
     "cross_entropy_loss_fusion": True, "lr": None, "min_lr": 0, "lr_decay_style": "cosine", "lr_warmup_iters": 0,
     "lr_warmup_fraction": None, "weight_decay": 0.1, "clip_grad": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_eps": 1e-8, "tuner_type": "full", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05,
-    "target_modules": ["all-linear"], "merge_lora": None, "rlhf_type": "dpo", "num_generations": 8,
+    "target_modules": ["all-linear"], "merge_lora": None, "num_generations": 8,
     "generation_batch_size": None, "steps_per_generation": None, "num_iterations": 1, "loss_type": None, "beta": None,
     "epsilon": 0.2, "epsilon_high": None, "delta": None, "importance_sampling_level": "token",
     "advantage_estimator": "grpo", "scale_rewards": None, "kl_in_reward": None, "dynamic_sample": False,
@@ -42,14 +47,24 @@ MS_SWIFT = {
     "vllm_max_num_seqs": None, "vllm_enforce_eager": False, "vllm_enable_prefix_caching": True, "output_dir": None,
     "save_steps": 500, "save_total_limit": None, "save_safetensors": True, "no_save_optim": False,
     "no_save_rng": False, "finetune": True, "logging_steps": 5, "report_to": ["tensorboard"],
-    "log_completions": False,
+    "log_completions": False, "label_smoothing": 0, "reference_free": False, "rpo_alpha": None,
+    "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
+    "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
+    "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
+    "gkd_logits_topk": None,
+    "mcore_model": None, "to_mcore": False, "to_hf": False, "adapters": [],
+    "test_convert_precision": False, "test_convert_dtype": "float32", "exist_ok": False,
 }  # fmt: skip
 OURS = {
     "nnodes": 1, "nproc_per_node": None, "cpus_per_rank": 1, "micro_batch_tokens": None, "reward_workers": 2,
     "reward_timeout": 30, "reward_memory": 4, "call_timeout": 1800, "push_timeout": 120, "run_name": None,
-    "deterministic": False, "megatron": {}, "vllm": {},
+    "deterministic": False, "megatron": {}, "vllm": {}, "rollout_name": "rollout",
+    "stream": None,  # ms-swift: False
+    "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
+    "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
+    "attention_backend": None, "gradient_accumulation_fusion": None,  # ms-swift: flash, and true where apex is installed
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
     "vllm_gpu_memory_utilization": None, "offload_model": None, "offload_optimizer": None,  # ms-swift: 0.9, False, False
 }  # fmt: skip
@@ -79,7 +94,8 @@ def test_defaults_are_ms_swifts():
     config = Config()
     assert {name: getattr(config, name) for name in MS_SWIFT} == MS_SWIFT
     assert {name: getattr(config, name) for name in OURS} == OURS
-    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, "task", "rollout", "reference"}
+    rest = {"task", "environment", "rollout", "reference", "teacher"}
+    assert {item.name for item in fields(Config)} == {*MS_SWIFT, *OURS, *rest}
 
 
 def test_defaults_are_those_in_the_installed_ms_swift():
@@ -97,7 +113,7 @@ def test_defaults_are_those_in_the_installed_ms_swift():
 
 
 def test_every_option_of_ms_swift_is_supported_or_refused_by_name():
-    known = {*supported(), *UNSUPPORTED, *ALIASES, "loss_scale"}
+    known = {*supported(), *UNSUPPORTED, *ALIASES, *(selector for selector, _ in COMMANDS.values())}
     assert len(swift_options()) > 300
     assert set(swift_options()) - known == set()
     assert set(UNSUPPORTED) & set(supported()) == set()
@@ -139,15 +155,15 @@ def test_options_of_our_own_stay_few():
 def test_command_line_values_are_typed(words, name, value):
     if name is None:
         with pytest.raises(ValueError, match="unknown option --learning_rate_is_not_it"):
-            parse(["rlhf", *words.split()])
+            parse(["rlhf", "--rlhf_type", "grpo", *words.split()])
     else:
-        assert getattr(parse(["rlhf", *words.split()]), name) == value
+        assert getattr(parse(["rlhf", "--rlhf_type", "grpo", *words.split()]), name) == value
 
 
 def test_sections_of_other_roles():
-    config = parse("rlhf --rollout.num_engines 2 --reference.nproc=3 --reference.model /m".split())
+    config = parse("rlhf --rlhf_type grpo --rollout.num_engines 2 --reference.nproc=3 --reference.model /m".split())
     assert (config.rollout.num_engines, config.reference.nproc, config.reference.model) == (2, 3, "/m")
-    assert parse(["rlhf", "--ref_model", "/m"]).reference.model == "/m"
+    assert parse(["rlhf", "--rlhf_type", "grpo", "--ref_model", "/m"]).reference.model == "/m"
     assert parse(["plan", "sft", "--seed", "7"]) == parse(["sft", "--seed", "7"])
 
 
@@ -156,7 +172,7 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
     file.write_text(
         "lr: 1e-6\nseed: 5\nuse-hf: true\nreward_funcs: accuracy\nrollout: {num_engines: 2}\nvllm: {block_size: 16}\n"
     )
-    config = parse(["rlhf", "--seed", "6", "--config", str(file)])
+    config = parse(["rlhf", "--rlhf_type", "grpo", "--seed", "6", "--config", str(file)])
     assert (config.lr, config.seed, config.use_hf, config.reward_funcs) == (1e-6, 6, True, ["accuracy"])
     assert (config.rollout.num_engines, config.vllm) == (2, {"block_size": 16})
 
@@ -169,27 +185,31 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path):
         "--use_vllm true",
         "--sleep_level 2",
         "--moe_aux_loss_coeff 0.0",
+        "--moe_grouped_gemm true",
         "--offload_bridge false",
         "--optimizer adam",
     ],
 )
 def test_an_unsupported_option_that_asks_for_nothing_is_let_pass(words):
-    assert parse(["rlhf", *words.split()]) == Config(task="rlhf")
+    assert parse(["rlhf", "--rlhf_type", "grpo", *words.split()]) == Config(task="grpo")
 
 
 def test_dependent_defaults():
-    plain = resolve(Config(task="rlhf", rlhf_type="grpo"))
+    plain = resolve(Config(task="grpo"))
     assert (plain.lr, plain.beta, plain.loss_type, plain.epsilon_high) == (1e-5, 0.04, "grpo", 0.2)
     assert (plain.scale_rewards, plain.kl_in_reward, plain.truncation_strategy) == ("group", False, "left")
     assert (plain.steps_per_generation, plain.generation_batch_size, plain.merge_lora) == (1, 16, True)
-    assert (plain.cosine_max_len, plain.soft_max_length, plain.loss_scale) == (512, 512, "last_round")
+    assert (plain.cosine_max_len, plain.soft_max_length) == (512, 512)
     assert resolve(plain) == plain
-    rloo = resolve(Config(task="rlhf", rlhf_type="grpo", advantage_estimator="rloo"))
+    rloo = resolve(Config(task="grpo", advantage_estimator="rloo"))
     assert (rloo.scale_rewards, rloo.kl_in_reward) == ("none", True)
-    rpp = resolve(Config(task="rlhf", rlhf_type="grpo", advantage_estimator="reinforce_plus_plus"))
+    rpp = resolve(Config(task="grpo", advantage_estimator="reinforce_plus_plus"))
     assert (rpp.scale_rewards, rpp.kl_in_reward) == ("batch", True)
     lora = resolve(Config(task="sft", tuner_type="lora", save_safetensors=False))
     assert (lora.lr, lora.merge_lora, lora.truncation_strategy, lora.loss_scale) == (1e-4, False, "delete", "default")
+    pt, dpo, kto = (resolve(Config(task=task)) for task in ("pt", "dpo", "kto"))
+    assert (pt.loss_scale, dpo.loss_scale, dpo.beta, dpo.loss_type) == ("all", "last_round", 0.1, "sigmoid")
+    assert (dpo.truncation_strategy, dpo.eval_steps, kto.loss_type) == ("delete", 500, "kto")
     given = resolve(
         replace(
             rloo, beta=0.0, kl_in_reward=False, epsilon_high=0.28, generation_batch_size=64, steps_per_generation=None
@@ -204,7 +224,7 @@ def test_sequence_parallel_needs_tensor_parallel():
 
 
 def test_ranks_of_a_node_come_from_the_option_then_the_environment_then_the_machine(monkeypatch):
-    config = Config(task="rlhf", rlhf_type="grpo", tensor_model_parallel_size=2)
+    config = Config(task="grpo", tensor_model_parallel_size=2)
     assert resolve(config).nproc_per_node == 2
     assert resolve(config, gpus_per_node=8).nproc_per_node == 8
     assert (
@@ -249,9 +269,10 @@ def test_a_submitted_job_keeps_its_output_outside_the_copied_folder(monkeypatch)
 
 
 def test_help_lists_the_options_of_a_task_with_their_defaults():
-    rlhf, sft = help_text("rlhf"), help_text("sft")
-    assert "--num_generations INT" in rlhf and "--num_generations" not in sft
-    assert "--packing BOOL" in sft and "--packing BOOL" not in rlhf
+    grpo, sft, dpo = help_text("grpo"), help_text("sft"), help_of(["rlhf", "--help"])
+    assert "--num_generations INT" in grpo and "--num_generations" not in sft
+    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo
+    assert "--label_smoothing" in dpo and "--label_smoothing" not in grpo
     assert "  --global_batch_size INT" in sft and "[16]" in next(
         line for line in sft.splitlines() if "--global_batch_size INT" in line
     )

@@ -40,35 +40,41 @@ def test_the_base_of_these_commands_is_accepted():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the first word is sft, rlhf, plan or check, not ''"),
-        ("rlfh --lr 1", "the first word is sft, rlhf, plan or check, not 'rlfh'; did you mean rlhf?"),
-        ("pt --lr 1", "pt is known but not supported yet; there are sft, rlhf, plan and check"),
-        ("export", "export is known but not supported yet; there are sft, rlhf, plan and check"),
+        ("", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not ''"),
+        ("rlfh --lr 1", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not 'rlfh'; did you mean rlhf?"),
+        ("rlhf --rlhf_type dpi", "--rlhf_type dpi: choose from dpo, kto, rm, gkd, grpo; did you mean dpo?"),
+        ("sft --rlhf_type grpo", "--rlhf_type belongs to rlhf: write megaray rlhf --rlhf_type grpo"),
         ("rlhf lr 1", "expected an option that starts with --, not 'lr'"),
-        ("rlhf --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
+        ("rlhf --rlhf_type grpo --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
         ("rlhf --learning_rate 3", "unknown option --learning_rate; here it is --lr"),
         ("rlhf --zzz 3", "unknown option --zzz; --help lists them"),
-        ("rlhf --rollout.num_engine 2", "unknown option --rollout.num_engine; did you mean --rollout.num_engines?"),
+        ("rlhf --rlhf_type grpo --rollout.num_engine 2", "unknown option --rollout.num_engine; did you mean --rollout.num_engines?"),
         ("rlhf --megatron 2", "--megatron is a section: write --megatron.NAME VALUE"),
-        ("sft --num_generations 4", "--num_generations is not used by sft; it belongs to rlhf"),
-        ("sft --vllm.block_size 4", "--vllm is not used by sft; it belongs to rlhf"),
-        ("rlhf --packing true", "--packing is not used by rlhf; it belongs to sft"),
+        ("sft --num_generations 4", "--num_generations is not used by sft; it belongs to grpo, eval"),
+        ("sft --vllm.block_size 4", "--vllm is not used by sft; it belongs to grpo, gkd, infer, eval, rollout"),
+        ("infer --lr 1", "--lr is not used by infer; it belongs to pt, sft, dpo, kto, rm, gkd, grpo, seq_cls, reranker, generative_reranker, embedding"),
+        ("rollout --dataset d.jsonl", "--dataset is not used by rollout; it belongs to pt, sft, dpo, kto, rm, gkd, grpo, seq_cls, reranker, generative_reranker, embedding, infer, eval"),
+        ("eval --stream true", "--stream is not used by eval; it belongs to infer"),
+        ("infer --infer_backend pt", "--infer_backend is one of vllm, not 'pt'"),
+        ("plan infer --model m", "there is no plan of infer: plan is for pt, sft and rlhf"),
+        ("infer --rlhf_type grpo", "--rlhf_type belongs to rlhf: write megaray rlhf --rlhf_type grpo"),
+        ("rlhf --rlhf_type grpo --packing true", "--packing is not used by grpo; it belongs to pt, sft, dpo, kto, gkd"),
         ("rlhf --lr fast", "--lr takes a number, not 'fast'"),
         ("rlhf --lr nan", "--lr takes a number, not 'nan'"),
         ("rlhf --lr", "--lr takes one value, got none"),
         ("rlhf --lr 1 2", "--lr takes one value, got 2: 1 2"),
-        ("rlhf --reward_funcs", "--reward_funcs takes one value or more, got none"),
+        ("rlhf --rlhf_type grpo --reward_funcs", "--reward_funcs takes one value or more, got none"),
         ("rlhf --save_steps 1.5", "--save_steps takes a whole number, not '1.5'"),
         ("rlhf --use_hf maybe", "--use_hf takes true or false, not 'maybe'"),
-        ("rlhf --vllm_mode colocated", "--vllm_mode is one of colocate, server, not 'colocated'"),
+        ("rlhf --rlhf_type grpo --vllm_mode colocated", "--vllm_mode is one of colocate, server, not 'colocated'"),
         ("rlhf --report_to swanlab", "--report_to is one of tensorboard, wandb, none, not 'swanlab'"),
         ("rlhf --train_iters 0", "--train_iters must be at least 1, not 0"),
         ("rlhf --micro_batch_size -1", "--micro_batch_size must be at least 1, not -1"),
-        ("rlhf --temperature 0", "--temperature must be greater than 0, not 0.0"),
-        ("rlhf --top_p 1.5", "--top_p must be at most 1, not 1.5"),
+        ("rlhf --rlhf_type grpo --temperature -1", "--temperature must be at least 0, not -1.0"),
+        ("rlhf --rlhf_type grpo --top_p 1.5", "--top_p must be at most 1, not 1.5"),
         ("rlhf --context_parallel_size 2", "option --context_parallel_size is known but not supported (only 1 is): context parallelism is not supported yet"),
         ("rlhf --padding_free false", "option --padding_free is known but not supported (only true is): rows are always packed without padding"),
-        ("rlhf --teacher_model x", "option --teacher_model is known but not supported: teachers (rlhf_type gkd) are not supported yet"),
+        ("rlhf --teacher_model x", "--teacher.model is not used by dpo; it belongs to gkd"),
         ("rlhf --offload_bridge true", "option --offload_bridge is known but not supported (only false is): this kind of offloading is not supported yet"),
         ("rlhf --config", "--config needs a file: --config FILE.yaml"),
         ("rlhf --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
@@ -81,8 +87,6 @@ def test_words_that_are_not_understood(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--rlhf_type dpo", "rlhf_type dpo is not supported yet; there is --rlhf_type grpo (dpo is the default)"),
-        ("--rlhf_type kto", "rlhf_type kto is not supported yet; there is --rlhf_type grpo"),
         ("--model nowhere", "--model nowhere: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"),
         ("--model d.jsonl", "--model d.jsonl is a file: give the folder that holds config.json"),
         ("--global_batch_size 12", "global_batch_size 12 x steps_per_generation 1 = 12 responses is no multiple of num_generations 8: prompts a generation must be a whole number"),
@@ -112,6 +116,7 @@ def test_words_that_are_not_understood(words, message):
         ("--recompute_modules moe", "recompute_modules 'moe': choose from core_attn, layernorm, mlp"),
         ("--tuner_type lora --target_modules q_proj", "target_modules 'q_proj': choose from all-linear, linear_qkv, linear_proj, linear_fc1, linear_fc2 (linear_qkv: q, k and v; linear_proj: o; linear_fc1: gate and up; linear_fc2: down)"),
         ("--reward_weights 1 2", "2 reward_weights for 1 reward_funcs"),
+        ("--temperature 0", "temperature 0 gives a prompt's responses no difference to learn from: use 1, say"),
         ("--num_generations 1", "num_generations 1 gives every response advantage 0: use at least 2"),
         ("--truncation_strategy right", "truncation_strategy right would cut the question's end: use left or delete"),
         ("--reward_funcs soft_overlong", "reward soft_overlong needs --soft_cache_length"),
@@ -120,7 +125,7 @@ def test_words_that_are_not_understood(words, message):
         ("--max_completion_length 2048", "max_completion_length 2048 leaves no room for a prompt: the model's limit is 2048 tokens"),
         ("--max_completion_length 99 --vllm_max_model_len 99", "max_completion_length 99 leaves no room for a prompt: vllm_max_model_len is 99 tokens"),
         ("--vllm_max_model_len 4096", "vllm_max_model_len 4096 is more than the model's limit of 2048 tokens"),
-        ("--beta 0 --reference.nproc 1", "--reference.nproc has nothing to act on: beta is 0"),
+        ("--beta 0 --reference.nproc 1", "--reference.nproc has nothing to act on: the loss compares with no reference"),
         ("--reference.nproc 3 --reference.tensor_model_parallel_size 2", "reference.nproc 3 is more than the 1 policy ranks whose places it shares"),
         ("--finetune false", "--finetune false continues a run: say which, by --resume_from_checkpoint auto or a checkpoint folder"),
         ("--run_name a/b", "run_name 'a/b' is a folder's name, without slashes; its place is --output_dir"),
@@ -139,11 +144,31 @@ def test_settings_that_cannot_work(words, message):
         ("sft --model m --dataset d --train_iters 1 --packing_length 9", "--packing_length needs --packing true"),
         ("sft --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --packing_length 9 --max_length 10", "packing_length 9 is less than max_length 10: a row must fit"),
-        ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"),
+        ("infer", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct, or --adapters CHECKPOINT"),
+        ("rollout", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct"),
+        ("infer --adapters a b", "--adapters takes one checkpoint, got 2: a b"),
+        ("infer --adapters m", "--adapters DIR/m: no adapter_config.json (No such file or directory): this is a whole model, give it as --model"),
+        ("infer --adapters lost", "--adapters DIR/lost: its base model /lost/base is gone: give its place as --model"),
+        ("infer --adapters dora", "DIR/dora/adapter_config.json: use_dora True is not supported: merge it, and give --model"),
+        ("infer --model m --dataset d --val_dataset d", "give --dataset or --val_dataset, not both: they mean the same here"),
+        ("infer --model m --result_path x.json", "--result_path x.json must end in .jsonl"),
+        ("infer --model m --max_length 2048", "a prompt of max_length 2048 leaves no room to answer: an engine holds 2048 tokens"),
+        ("infer --model m --vllm_tensor_parallel_size 2", "vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead"),
+        ("eval --model m", "--dataset is missing: files (.jsonl) or hub ids"),
+        ("eval --model m --dataset d", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name"),
+        ("eval --model m --dataset d --reward_funcs format --num_generations 4", "4 responses at temperature 0 would be equal: give --temperature too"),
+        ("eval --model m --dataset d --result_path x.jsonl", "--result_path x.jsonl must end in .json; every response goes into a .jsonl beside it"),
+        ("rollout --model m --rollout_name a/b", "rollout_name 'a/b' is a name, without slashes"),
+        ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1", "--reward_funcs is missing: accuracy, format, cosine, repetition, soft_overlong, or a plug-in's name; or --reward_model"),
     ],
 )  # fmt: skip
-def test_what_is_missing(words, message):
-    assert error_of(words) == message
+def test_what_is_missing(words, message, folder):
+    lost = {"r": 8, "peft_type": "LORA", "base_model_name_or_path": "/lost/base"}
+    for name, settings in {"lost": lost, "dora": lost | {"use_dora": True}}.items():
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / name / "adapter_model.safetensors").write_bytes(b"")
+    assert error_of(words) == message.replace("DIR", str(folder))
 
 
 def test_a_hub_id_that_cannot_be_had():
@@ -160,9 +185,9 @@ def test_broken_model_folders(folder):
     config.unlink()
     assert error_of(f"rlhf {BASE}").endswith("m/config.json: No such file or directory; is this a model folder?")
     for key, value, message in (
-        ("num_experts", 8, "qwen3 is a mixture-of-experts model, which is not supported yet"),
+        ("num_experts", 8, "qwen3 is a mixture-of-experts model; of these there are qwen2_moe, qwen3_moe"),
         ("vision_config", {}, "qwen3 is a multimodal model, which is not supported yet"),
-        ("architectures", ["BertModel"], "BertModel is not a causal language model (...ForCausalLM)"),
+        ("architectures", ["BertModel"], "m has no output layer for tokens (it is a ...Model), which grpo needs"),
         ("hidden_size", "wide", "config.json is broken: invalid literal for int() with base 10: 'wide'"),
         (
             "dtype",
@@ -225,4 +250,4 @@ def test_an_output_folder_that_cannot_be_written(folder):
 )
 def test_yaml_that_is_not_understood(folder, text, message):
     (folder / "c.yaml").write_text(text)
-    assert error_of("rlhf --config c.yaml").startswith(message)
+    assert error_of("rlhf --rlhf_type grpo --config c.yaml").startswith(message)

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.counts import data_ranks
 from rlhf.options import load_config
-from tests.model_json import QWEN25_7B, write_model
+from tests.model_json import QWEN3_30B_A3B, QWEN25_7B, write_model
 
 DENSE_SFT = """
     megatron sft
@@ -91,16 +91,44 @@ GRPO_SERVER = """
     --no_save_optim true
     --no_save_rng true
 """
-MOE_SFT = """
+MOE_LORA = """
     megatron sft
     --model Qwen/Qwen3-30B-A3B-Instruct-2507
     --use_hf
     --save_safetensors true
-    --dataset 'your_dataset#20000'
+    --merge_lora false
+    --tuner_type lora
+    --lora_rank 8
+    --lora_alpha 32
+    --target_modules all-linear
+    --dataset 'your_dataset#2000'
     --load_from_cache_file true
+    --expert_model_parallel_size 2
     --moe_permute_fusion true
-    --pipeline_model_parallel_size 2
-    --expert_model_parallel_size 4
+    --moe_grouped_gemm true
+    --moe_shared_expert_overlap true
+    --moe_aux_loss_coeff 1e-3
+    --micro_batch_size 8
+    --global_batch_size 16
+    --recompute_granularity full
+    --recompute_method uniform
+    --recompute_num_layers 1
+    --num_train_epochs 1
+    --finetune true
+    --cross_entropy_loss_fusion true
+    --lr 1e-4
+    --lr_warmup_fraction 0.05
+    --min_lr 1e-5
+    --output_dir megatron_output/Qwen3-30B-A3B
+    --save_steps 200
+    --max_length 2048
+    --dataloader_num_workers 8
+    --dataset_num_proc 8
+    --no_save_optim true
+    --no_save_rng true
+    --sequence_parallel true
+    --moe_expert_capacity_factor 2
+    --attention_backend flash
 """
 MULTIMODAL_SFT = """
     megatron sft
@@ -124,12 +152,30 @@ MULTIMODAL_SFT = """
     --max_length 2048
     --attention_backend flash
 """
+TO_MCORE = """
+    swift export
+    --model Qwen/Qwen2.5-7B-Instruct
+    --use_hf
+    --to_mcore true
+    --torch_dtype bfloat16
+    --output_dir Qwen2.5-7B-Instruct-mcore
+    --test_convert_precision true
+"""
+TO_HF = """
+    swift export
+    --mcore_model megatron_output/model/vx-xxx/checkpoint-xxx
+    --to_hf true
+    --torch_dtype bfloat16
+    --output_dir megatron_output/model/vx-xxx/checkpoint-xxx-hf
+    --test_convert_precision true
+"""
 
 
 @pytest.fixture
 def read(monkeypatch, tmp_path):
     """Reads a command with NPROC_PER_NODE in its environment."""
     model = write_model(tmp_path / "model", QWEN25_7B)
+    experts = write_model(tmp_path / "experts", QWEN3_30B_A3B)
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
     monkeypatch.chdir(tmp_path)
@@ -140,6 +186,7 @@ def read(monkeypatch, tmp_path):
         words = shlex.split(command)[1:]
         for old, new in {
             "Qwen/Qwen2.5-7B-Instruct": model,
+            "Qwen/Qwen3-30B-A3B-Instruct-2507": experts,
             "/path/to/grpo_data.jsonl": data,
             "/path/to/data.jsonl": data,
         }.items():
@@ -198,15 +245,29 @@ def test_the_multimodal_command_works_on_a_text_model(read):
     assert (config.packing, config.packing_length, config.micro_batch_tokens) == (True, 2048, None)
 
 
-def test_moe_is_refused_by_name(read):
-    with pytest.raises(ValueError, match="option --moe_permute_fusion is known but not supported .*mixture-of-experts"):
-        read(MOE_SFT, 8)
+def test_moe_lora(read, capsys):
+    config = read(MOE_LORA, 2)
+    assert (config.expert_model_parallel_size, config.moe_aux_loss_coeff, config.moe_expert_capacity_factor) == (2, 1e-3, 2)
+    assert (config.moe_permute_fusion, config.attention_backend, data_ranks(config)) == (True, "flash", 2)
+    assert "note: moe_shared_expert_overlap has no effect: the model has no shared expert" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "kto", "gkd", "rm"])
-def test_other_algorithms_are_refused_by_name(read, algorithm):
-    with pytest.raises(ValueError, match=f"rlhf_type {algorithm} is not supported yet"):
-        read(f"megatron rlhf --rlhf_type {algorithm} --model Qwen/Qwen2.5-7B-Instruct --beta 0.1 --train_iters 1", 2)
+def test_the_workflow_with_explicit_conversions(read, tmp_path):
+    to_mcore = read(TO_MCORE, 1)
+    assert (to_mcore.task, to_mcore.to_mcore, to_mcore.torch_dtype, to_mcore.nproc_per_node) == ("export", True, "bfloat16", 1)
+    assert to_mcore.output_dir == f"{tmp_path}/Qwen2.5-7B-Instruct-mcore"
+    checkpoint = tmp_path / "megatron_output" / "model" / "vx-xxx" / "checkpoint-xxx"
+    (checkpoint / "mcore").mkdir(parents=True)
+    for name in ("mcore/metadata.json", "tensors.json", "tokenizer.json"):
+        (checkpoint / name).write_text("{}")
+    write_model(checkpoint, QWEN25_7B)
+    (checkpoint / "model.safetensors").unlink()
+    to_hf = read(TO_HF, 1)
+    assert (to_hf.to_hf, to_hf.mcore_model, to_hf.model) == (True, str(checkpoint), str(checkpoint))
+    options = "--save_safetensors false --dataset /path/to/data.jsonl --train_iters 9"
+    sft = read(f"megatron sft --mcore_model {checkpoint} {options}", 2)
+    assert (sft.mcore_model, sft.model, sft.save_safetensors) == (str(checkpoint), str(checkpoint), False)
+    assert (sft.max_length, sft.torch_dtype) == (32768, "bfloat16")
 
 
 def test_shipped_yaml_files_are_complete_but_for_model_and_data(read):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.encoding import EMPTY, EQUAL, TOO_LONG, UNTRAINED
 from rlhf.config import Config
 from tests.tiny import make_tokenizer
 
@@ -79,7 +80,7 @@ CONVERSATION = [
 
 
 def test_prompt_ids_are_the_chat_templates_own_without_the_answer(model, tokenizer, tmp_path):
-    worker, info = started(model, [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])], task="rlhf")
+    worker, info = started(model, [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])], task="grpo")
     (prompt,) = worker.prompts(0, 1)
     expected = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True, return_dict=False)
     assert prompt.token_ids.tolist() == expected and prompt.token_ids.dtype == np.int32
@@ -90,11 +91,12 @@ def test_prompt_ids_are_the_chat_templates_own_without_the_answer(model, tokeniz
 
 def test_row_ids_are_the_chat_templates_own_and_each_answer_is_trained_with_its_end(model, tokenizer, tmp_path):
     worker, _ = started(model, [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}])])
-    tokens, (lengths, trained, units) = worker.rows(0, 1)
+    tokens, summary = worker.rows(0, 1)
     expected = tokenizer.apply_chat_template(CONVERSATION, return_dict=False)
     assert tokens.token_ids[0].tolist() == expected
     assert trained_text(tokenizer, tokens, 0) == "3<|im_end|>the answer is 4<|im_end|>"
-    assert lengths == [len(expected)] and trained == [int(tokens.loss_masks[0].sum())] and units == [[0]]
+    assert summary.lengths == [len(expected)] and summary.trained == [int(tokens.loss_masks[0].sum())]
+    assert summary.units == [[[0]]] and summary.targets == [()]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_row_is_its_rollout_prompt_and_then_what_is_trained(model, tokenizer, 
     thinking.save_pretrained(tmp_path / "thinking")
     (tmp_path / "thinking" / "config.json").write_text((model / "config.json").read_text())
     data = [write(tmp_path / "a.jsonl", [{"messages": CONVERSATION[1:3]}])]
-    prompt = started(tmp_path / "thinking", data, task="rlhf", template_backend=backend)[0].prompts(0, 1)[0].token_ids
+    prompt = started(tmp_path / "thinking", data, task="grpo", template_backend=backend)[0].prompts(0, 1)[0].token_ids
     # ms-swift prompts Qwen3 with thinking off unless it is told otherwise.
     options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
     assert prompt.tolist() == thinking.apply_chat_template(CONVERSATION[1:2], **options)
@@ -178,9 +180,9 @@ def test_a_row_is_its_rollout_prompt_and_then_what_is_trained(model, tokenizer, 
 
 def test_the_system_option_is_for_conversations_without_one(model, tokenizer, tmp_path):
     data = write(tmp_path / "a.jsonl", [{"messages": CONVERSATION}, {"messages": CONVERSATION[1:3]}])
-    for task in ("rlhf", "sft"):
+    for task in ("grpo", "sft"):
         worker, _ = started(model, [data], system="be kind", task=task)
-        ids = [p.token_ids for p in worker.prompts(0, 2)] if task == "rlhf" else worker.rows(0, 2)[0].token_ids
+        ids = [p.token_ids for p in worker.prompts(0, 2)] if task == "grpo" else worker.rows(0, 2)[0].token_ids
         texts = [tokenizer.decode(row.tolist()) for row in ids]
         assert "be short" in texts[0] and "be kind" not in texts[0] and "system\nbe kind<|im_end|>" in texts[1]
 
@@ -188,14 +190,14 @@ def test_the_system_option_is_for_conversations_without_one(model, tokenizer, tm
 def test_a_template_that_differs_from_the_tokenizers_own_is_warned_of(model, tmp_path):
     data = [write(tmp_path / "a.jsonl", sums(1))]
     _, info = started(
-        model, data, task="rlhf", template_backend="swift"
+        model, data, task="grpo", template_backend="swift"
     )  # qwen3's adds <think></think>, the tokenizer's does not
     assert len(info.warnings) == 1 and "--template_backend jinja" in info.warnings[0]
-    assert started(model, data, task="rlhf", template_backend="swift", template="chatml")[1].warnings == ()
+    assert started(model, data, task="grpo", template_backend="swift", template="chatml")[1].warnings == ()
 
 
 def test_columns_of_a_row_survive_and_are_its_own(model, tmp_path):
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(30))], task="rlhf", dataset_shuffle=True)
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(30))], task="grpo", dataset_shuffle=True)
     prompts = worker.prompts(0, 30)
     assert sorted(prompt.columns["level"] for prompt in prompts) == list(range(30))
     for prompt in prompts:
@@ -211,7 +213,7 @@ def test_columns_of_a_row_survive_and_are_its_own(model, tmp_path):
 
 def test_question_answer_rows_are_mapped_and_solution_kept(model, tokenizer, tmp_path):
     rows = [{"question": "what is 1+2?", "solution": "3"}]
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="rlhf")
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="grpo")
     (prompt,) = worker.prompts(0, 1)
     assert prompt.messages == [{"role": "user", "content": "what is 1+2?"}] and prompt.columns["solution"] == "3"
 
@@ -222,7 +224,7 @@ def levels(worker, start: int, count: int) -> list[int]:
 
 def test_order_is_seeded_reshuffled_each_epoch_and_resumable_at_any_position(model, tmp_path):
     data = [write(tmp_path / "a.jsonl", sums(50))]
-    options = {"task": "rlhf", "dataset_shuffle": True, "data_seed": 7}
+    options = {"task": "grpo", "dataset_shuffle": True, "data_seed": 7}
     worker, _ = started(model, data, **options)
     order = levels(worker, 0, 150)
     first, second, third = order[:50], order[50:100], order[100:]
@@ -235,17 +237,17 @@ def test_order_is_seeded_reshuffled_each_epoch_and_resumable_at_any_position(mod
 
 
 def test_without_shuffle_rows_come_in_file_order(model, tmp_path):
-    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(5))], task="rlhf")
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", sums(5))], task="grpo")
     assert levels(worker, 0, 7) == [0, 1, 2, 3, 4, 0, 1]
 
 
 def test_several_datasets_and_row_limits(model, tmp_path):
     first = write(tmp_path / "a.jsonl", sums(20))
     second = write(tmp_path / "b.jsonl", [row | {"level": row["level"] + 100} for row in sums(9)])
-    worker, info = started(model, [f"{first}#4", second], task="rlhf")
+    worker, info = started(model, [f"{first}#4", second], task="grpo")
     assert info.num_rows == info.loaded == 13
     assert levels(worker, 0, 13) == [0, 1, 2, 3, *range(100, 109)]
-    shuffled, info = started(model, [f"{first}#4"], task="rlhf", dataset_shuffle=True)
+    shuffled, info = started(model, [f"{first}#4"], task="grpo", dataset_shuffle=True)
     assert info.num_rows == 4 and len(set(levels(shuffled, 0, 4))) == 4
 
 
@@ -254,15 +256,15 @@ def test_long_prompts_are_cut_at_the_left_or_dropped_and_counted(model, tokenize
     rows[1]["messages"][0]["content"] = "7" * 100
     data = [write(tmp_path / "a.jsonl", rows)]
     full = tokenizer.apply_chat_template(rows[1]["messages"][:1], add_generation_prompt=True, return_dict=False)
-    worker, info = started(model, data, task="rlhf", max_length=40)  # truncation_strategy: left for prompts
-    assert (info.num_rows, info.truncated, info.too_long, info.longest) == (3, 1, 0, 40)
+    worker, info = started(model, data, task="grpo", max_length=40)  # truncation_strategy: left for prompts
+    assert (info.num_rows, info.truncated, info.dropped, info.longest) == (3, 1, {}, 40)
     assert worker.prompts(1, 1)[0].token_ids.tolist() == full[-40:]
-    worker, info = started(model, data, task="rlhf", max_length=40, truncation_strategy="delete")
-    assert (info.num_rows, info.truncated, info.too_long, info.loaded) == (2, 0, 1, 3)
+    worker, info = started(model, data, task="grpo", max_length=40, truncation_strategy="delete")
+    assert (info.num_rows, info.truncated, info.dropped, info.loaded) == (2, 0, {TOO_LONG: 1}, 3)
     assert levels(worker, 0, 3) == [0, 2, 0]
-    worker, info = started(model, data, task="rlhf", max_length=len(full), truncation_strategy="delete")
+    worker, info = started(model, data, task="grpo", max_length=len(full), truncation_strategy="delete")
     assert info.num_rows == 3
-    worker, _ = started(model, data, task="rlhf", max_length=40, truncation_strategy="right")
+    worker, _ = started(model, data, task="grpo", max_length=40, truncation_strategy="right")
     assert worker.prompts(1, 1)[0].token_ids.tolist() == full[:40]
 
 
@@ -272,9 +274,9 @@ def test_long_rows_are_dropped_by_default_and_rows_that_train_nothing_always(mod
     rows[2]["messages"][1]["loss"] = False
     data = [write(tmp_path / "a.jsonl", rows)]
     worker, info = started(model, data, max_length=60)
-    assert (info.loaded, info.too_long, info.untrained, info.num_rows) == (4, 1, 1, 2)
-    assert all(count > 0 for count in worker.rows(0, 2)[1][1])
-    with pytest.raises(ValueError, match="no row .* is left: of 4, 4 have more than max_length 5 tokens"):
+    assert (info.loaded, info.dropped, info.num_rows) == (4, {TOO_LONG: 1, UNTRAINED: 1}, 2)
+    assert all(count > 0 for count in worker.rows(0, 2)[1].trained)
+    with pytest.raises(ValueError, match="no row .* is left: of 4, 4 longer than max_length .max_length 5 tokens."):
         started(model, data, max_length=5)
 
 
@@ -286,16 +288,16 @@ def test_packs_hold_every_row_once_and_never_exceed_their_length(model, tmp_path
     plain, before = started(model, data)
     packed, info = started(model, data, packing=True, packing_length=128, dataset_shuffle=True)
     assert info.num_tokens == before.num_tokens and info.num_rows < before.num_rows / 2
-    tokens, (lengths, trained, units) = packed.rows(0, info.num_rows)
-    assert max(sum(lengths[item] for item in unit) for unit in units) <= 128
-    assert sorted(item for unit in units for item in unit) == list(range(120))
+    tokens, summary = packed.rows(0, info.num_rows)
+    assert max(sum(summary.lengths[item] for (item,) in unit) for unit in summary.units) <= 128
+    assert sorted(item for unit in summary.units for (item,) in unit) == list(range(120))
     expected = plain.rows(0, 120)[0]
     assert sorted(ids.tolist() for ids in tokens.token_ids) == sorted(ids.tolist() for ids in expected.token_ids)
-    assert trained == [int((mask > 0).sum()) for mask in tokens.loss_masks]
+    assert summary.trained == [int((mask > 0).sum()) for mask in tokens.loss_masks]
 
 
 def test_packing_places_every_row_of_a_long_dataset_and_wastes_little():
-    from actors.data import pack_rows
+    from actors.dataset import pack_rows
 
     lengths = np.random.default_rng(0).integers(10, 60, 2500).tolist()
     packs = pack_rows(lengths, 128)
@@ -311,19 +313,19 @@ def test_packing_places_every_row_of_a_long_dataset_and_wastes_little():
 def test_encoding_in_two_processes_gives_the_same_rows(model, tmp_path, monkeypatch):
     data = [write(tmp_path / "a.jsonl", sums(50))]
     one, _ = started(model, data)
-    monkeypatch.setattr("actors.data.SPAN", 20)
+    monkeypatch.setattr("actors.dataset.SPAN", 20)
     two, info = started(model, data, dataset_num_proc=2)
     assert info.num_rows == 50
-    assert np.array_equal(one.encoded.token_ids, two.encoded.token_ids)
-    assert np.array_equal(one.encoded.loss_masks, two.encoded.loss_masks)
-    assert np.array_equal(one.encoded.sources, two.encoded.sources)
+    assert np.array_equal(one.train.encoded.token_ids, two.train.encoded.token_ids)
+    assert np.array_equal(one.train.encoded.loss_masks, two.train.encoded.loss_masks)
+    assert np.array_equal(one.train.encoded.sources, two.train.encoded.sources)
 
 
 def test_model_type_and_template_options_win_over_config_json(model, tmp_path):
     from actors.encoding import Encoder
 
     def chosen(**options) -> tuple[str, str]:
-        encoder = Encoder(Config(task="rlhf", model=str(model), dataset=["a"], **options), prompts_only=True)
+        encoder = Encoder(Config(task="grpo", model=str(model), dataset=["a"], **options))
         return encoder.tokenizer.model_meta.model_type, encoder.template.template_meta.template_type
 
     assert chosen() == ("qwen3", "qwen3")
@@ -339,7 +341,7 @@ def test_a_row_that_cannot_be_encoded_is_an_error_that_shows_it(model, tmp_path)
         [*sums(2), {"messages": [{"role": "assistant", "content": "42"}], "solution": "", "level": 3}],
     )
     with pytest.raises(ValueError, match="42.*no user message is left"):
-        started(model, [data], task="rlhf")
+        started(model, [data], task="grpo")
 
 
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(model, tmp_path):
@@ -352,3 +354,74 @@ def test_images_are_refused(model, tmp_path):
     rows = [sums(1)[0] | {"images": ["cat.png"]}]
     with pytest.raises(ValueError, match="text rows only"):
         started(model, [write(tmp_path / "a.jsonl", rows)])
+
+
+def pair(question: str, chosen: str, rejected: str, **columns) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": chosen}]
+    return {"messages": messages, "rejected_response": rejected, **columns}
+
+
+@pytest.mark.parametrize("backend", ["jinja", "swift"])
+def test_a_pair_is_two_conversations_with_one_prompt(model, tokenizer, tmp_path, backend):
+    rows = [pair("1+1?", "2", "3"), pair("2+2?", "4", "5")]
+    rejected = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}]
+    rows[1] = {"messages": rows[1]["messages"], "rejected_messages": rejected}
+    data = [write(tmp_path / "a.jsonl", rows)]
+    worker, _ = started(model, data, task="dpo", template_backend=backend, template="chatml")
+    tokens, summary = worker.rows(0, 2)
+    assert summary.units == [[[0, 1]], [[2, 3]]]
+    texts = [tokenizer.decode(ids.tolist()) for ids in tokens.token_ids]
+    answers = [trained_text(tokenizer, tokens, item) for item in range(4)]
+    assert [answer.strip().removesuffix("<|im_end|>") for answer in answers] == ["2", "3", "4", "5"]
+    assert ["1+1?" in text for text in texts] == [True, True, False, False]
+    assert texts[0].split("assistant")[0] == texts[1].split("assistant")[0]
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(model, tmp_path):
+    rows = [pair("1?", "2", "3"), pair("1?", "2", "2"), pair("1?", " ", "2"), pair("1?", "2", ""), pair("1?", "2" * 90, "3")]
+    worker, info = started(model, [write(tmp_path / "a.jsonl", rows)], task="dpo", max_length=60)
+    assert (info.loaded, info.num_rows, info.dropped) == (5, 1, {EQUAL: 1, EMPTY: 2, TOO_LONG: 1})
+    with pytest.raises(ValueError, match=f"no row of .* is left: of 2, 2 {EQUAL}"):
+        started(model, [write(tmp_path / "b.jsonl", [pair("1?", "2", "2"), pair("3?", "2", "2")])], task="dpo")
+
+
+def test_a_packed_pair_stays_together(model, tmp_path):
+    rows = [pair(f"{i}?", str(i), str(-i - 1)) for i in range(20)]
+    worker, info = started(model, [write(tmp_path / "a.jsonl", rows)], task="dpo", packing=True, packing_length=200)
+    _, summary = worker.rows(0, info.num_rows)
+    assert info.num_rows < 10
+    assert [row for unit in summary.units for row in unit] == [[2 * i, 2 * i + 1] for i in range(20)]
+
+
+def test_kto_rows_come_with_their_prompt_before_the_response_of_the_row_before(model, tokenizer, tmp_path):
+    rows = [row | {"label": i != 1} for i, row in enumerate(sums(3))]
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="kto", loss_type="kto")
+    tokens, summary = worker.rows(0, 3)
+    assert summary.units == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert summary.targets == [(1.0,), (1.0,), (0.0,), (0.0,), (1.0,), (1.0,)]
+    own = [tokenizer.decode(ids.tolist()) for ids in tokens.token_ids[::2]]
+    mismatched = [tokenizer.decode(ids.tolist()) for ids in tokens.token_ids[1::2]]
+    for i, text in enumerate(mismatched):
+        assert f"what is {i}+{i}?" in text and text.startswith(own[i].partition("assistant")[0])
+        assert trained_text(tokenizer, tokens, 2 * i + 1).strip() == f"{2 * ((i - 1) % 3)}<|im_end|>"
+    with pytest.raises(ValueError, match="`label` must be true or false, not 'yes'"):
+        started(model, [write(tmp_path / "b.jsonl", [sums(1)[0] | {"label": "yes"}])], task="kto", loss_type="kto")
+
+
+def test_pre_training_reads_plain_text_and_trains_on_all_of_it(model, tokenizer, tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": "what is 1+2? the answer is 3"}]}]
+    worker, _ = started(model, [write(tmp_path / "a.jsonl", rows)], task="pt", loss_scale="all", template_backend="swift")
+    tokens, summary = worker.rows(0, 1)
+    text = tokenizer("what is 1+2? the answer is 3")["input_ids"]
+    assert tokens.token_ids[0].tolist() == [*text, tokenizer.eos_token_id]
+    assert summary.trained == [len(text)]  # all but the first token, and the end
+
+
+def test_held_out_rows_are_not_trained_on(model, tmp_path):
+    data = [write(tmp_path / "a.jsonl", sums(50))]
+    worker, info = started(model, data, split_dataset_ratio=0.2)
+    assert (info.num_rows, info.evaluation_rows) == (40, 10)
+    train, held_out = worker.rows(0, 40)[0].token_ids, worker.rows(0, 10, True)[0].token_ids
+    assert len({tuple(ids.tolist()) for ids in (*train, *held_out)}) == 50
+    worker, info = started(model, data, val_dataset=[write(tmp_path / "b.jsonl", sums(3))])
+    assert (info.num_rows, info.evaluation_rows) == (50, 3)

@@ -17,7 +17,7 @@ GOOD = '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant",
 def check(path: Path | str, text: str | None = None, **options) -> None:
     if text is not None:
         Path(path).write_text(text)
-    settings = {"task": "rlhf", "rlhf_type": "grpo", "reward_funcs": ["accuracy"]} | options
+    settings = {"task": "grpo", "reward_funcs": ["accuracy"]} | options
     check_dataset(Config(model="m", dataset=[str(path)], **settings))
 
 

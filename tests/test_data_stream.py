@@ -87,9 +87,9 @@ def test_a_real_worker_keeps_tokens_in_the_object_store_and_resumes(tmp_path):
     batches = [stream.next_batch(8) for _ in range(5)]
     for batch in batches:
         tokens = ray.get(batch.tokens)
-        assert [len(ids) for ids in tokens.token_ids] == batch.lengths
-        assert [int((mask > 0).sum()) for mask in tokens.loss_masks] == batch.trained
-        assert batch.units == [[item] for item in range(8)]
+        assert [len(ids) for ids in tokens.token_ids] == batch.summary.lengths
+        assert [int((mask > 0).sum()) for mask in tokens.loss_masks] == batch.summary.trained
+        assert batch.summary.units == [[[item]] for item in range(8)]
     again = RowStream(worker, num_rows=info.num_rows, timeout=30, position=32).next_batch(8)
     same = zip(ray.get(again.tokens).token_ids, ray.get(batches[4].tokens).token_ids, strict=True)
     assert all(a.tolist() == b.tolist() for a, b in same)

@@ -15,7 +15,7 @@ def config(**options) -> Config:
         num_generations=2, global_batch_size=4, generation_batch_size=4, steps_per_generation=1, loss_type="grpo", beta=0.0,
         epsilon_high=0.2, scale_rewards="group", kl_in_reward=False, micro_batch_size=4,
     )  # fmt: skip
-    return Config(task="rlhf", **(settled | options))
+    return Config(task="grpo", **(settled | options))
 
 
 class StandIn:

@@ -41,7 +41,7 @@ def grpo(tmp_path):
     def grpo(values=QWEN25_1_5B, **options) -> Config:
         folder = write_model(tmp_path / str(values["hidden_size"]), values)
         base = Config(
-            task="rlhf", rlhf_type="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3,
+            task="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3,
             beta=0.0, nproc_per_node=1, global_batch_size=512, micro_batch_tokens=8192, max_length=256, max_completion_length=1024,
         )  # fmt: skip
         return resolve(replace(base, **options), read_shape(folder))

@@ -32,7 +32,7 @@ class Clock:
 
 
 def config(**options) -> Config:
-    return Config(**{"task": "rlhf", "report_to": [], "log_completions": True} | options)
+    return Config(**{"task": "grpo", "report_to": [], "log_completions": True} | options)
 
 
 def scored(step: int, texts: tuple[str, ...] = ("four", "five\u2028\n")) -> list[tuple[Group, Score]]:

@@ -8,7 +8,7 @@ import pytest
 from rlhf.config import Config, FrozenRole, RolloutRole
 from rlhf.counts import total_steps
 from rlhf.devices import Devices
-from rlhf.memory import BYTES, engine_memory, policy_memory, reference_memory
+from rlhf.memory import BYTES, engine_memory, frozen_memory, policy_memory
 from rlhf.model_folder import read_shape
 from rlhf.plan import count_rows, plan, render
 from rlhf.resolution import resolve
@@ -25,7 +25,7 @@ def environment(monkeypatch):
 
 def grpo(folder: Path, **options) -> Config:
     base = Config(
-        task="rlhf", rlhf_type="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3
+        task="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3
     )
     return resolve(replace(base, **options), read_shape(folder))
 
@@ -182,7 +182,7 @@ def test_batches_placement_and_verdict_in_words(tmp_path):
 def test_memory_of_a_node_is_the_sum_of_its_processes(tmp_path):
     folder = write_model(tmp_path, TINY)
     config, shape = grpo(folder, nproc_per_node=2), read_shape(folder)
-    sizes = [policy_memory(config, shape), reference_memory(config, shape), engine_memory(config, shape)]
+    sizes = [policy_memory(config, shape), frozen_memory(config, shape), engine_memory(config, shape)]
     assert plan(config, dataset_rows=1, devices=CPU).peaks == {"node": 2 * sum(size.total for size in sizes)}
     assert sizes[1].weights == shape.num_parameters() * BYTES["float32"]
 

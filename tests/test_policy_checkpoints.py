@@ -87,6 +87,24 @@ def test_a_checkpoint_continues_under_another_layout(hosts, model, rows, source,
     assert largest_difference(weights, uninterrupted) <= 2e-5
 
 
+def test_an_adapters_checkpoint_continues_under_another_layout(hosts, model, rows, source, tmp_path):
+    """From 2 tensor ranks to 1 and to 2 stages: weights, Adam's moments and the next step differ by rounding alone."""
+    shards, options = shards_of(rows, source, SPLITS[1]), LORA | {"lora_dropout": 0.0}
+    group = hosts.start(policy_config(model, **options, **TP2_SP), 2)
+    group.train_step(shards, nll_loss)
+    group.call("save", str(tmp_path / "step1"), 1)
+    steps = [group.train_step(shards, nll_loss) for _ in range(2)]
+    group.call("save", str(tmp_path / "step3"), 3)
+    expected = load_file(tmp_path / "step3" / "adapter_model.safetensors")
+    for layout in ({}, {"pipeline_model_parallel_size": 2}):
+        group = hosts.start(policy_config(model, **options, **layout), 2 if layout else 1)
+        group.call("load", str(tmp_path / "step1"))
+        for step in steps:
+            assert group.train_step(shards, nll_loss) == pytest.approx(step, rel=1e-4)
+        group.call("save", str(tmp_path / f"again{len(layout)}"), 3)
+        assert largest_difference(load_file(tmp_path / f"again{len(layout)}" / "adapter_model.safetensors"), expected) <= 1e-4
+
+
 def test_saved_folder_loads_in_transformers(from_tp2, model):
     folder, _ = from_tp2
     from transformers import AutoTokenizer
@@ -117,8 +135,11 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert largest_difference(base, hf_logprobs(hf, rows)) <= 1e-5
     merged = hugging_face(tmp_path / "step1" / "merged")
     assert largest_difference(adapted, hf_logprobs(merged, rows)) <= 1e-5
+    settings = json.loads((tmp_path / "step1" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(model)  # what infer and eval take when only the adapter is given
     from peft import PeftModel
 
+    assert json.loads((tmp_path / "step1" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     in_peft = PeftModel.from_pretrained(hf, tmp_path / "step1")
     assert largest_difference(adapted, hf_logprobs(in_peft, rows)) <= 1e-5
 
@@ -210,7 +231,7 @@ def test_other_vocabularies(hosts, rows, tmp_path, overrides, size, layout):
 def test_a_frozen_reference_has_its_own_sizes(hosts, model, rows, source):
     config = policy_config(model, tensor_model_parallel_size=2)
     config.reference.tensor_model_parallel_size = 1
-    group = hosts.start(config, 2, frozen=True)
+    group = hosts.start(config, 2, frozen="reference")
     assert group.data_size == 2
     logprobs = group.logprobs(shards_of(rows, source, SPLITS[2]))
     assert largest_difference(logprobs, hf_logprobs(hugging_face(model), rows)) <= 1e-5
@@ -221,7 +242,9 @@ def test_what_no_save_leaves_out(hosts, model, rows, source, tmp_path):
     shards = shards_of(rows, source, SPLITS[1])
     group.train_step(shards, nll_loss)
     group.call("save", str(tmp_path), 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= {"mcore", "config.json", "tokenizer.json", "tensors.json"}
+    assert not [name for name in written if name.endswith(".safetensors")]
     second = group.train_step(shards, nll_loss)
     group = hosts.start(policy_config(model), 1)
     group.call("load", str(tmp_path))

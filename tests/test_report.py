@@ -116,7 +116,7 @@ def test_text_of_models_and_users_never_becomes_markup(tmp_path):
     attack = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>"
     samples = [sample(1, attack, attack), sample(2, attack, attack)]
     metrics = {"reward/<b>x": 1.0, "reward/<i>y": 1.0, "reward_failures/<u>z": 1, "unscored": 1}
-    args = {"task": "rlhf", "rlhf_type": "grpo", "model": attack, "dataset": [attack], "system": attack}
+    args = {"task": "grpo", "model": attack, "dataset": [attack], "system": attack}
     page = write_run(tmp_path / "<b>run", [row(1, **metrics), row(2, **metrics)], samples, args)
     assert not {"script", "img", "u"} & {tag for tag, _ in page.tags}
     assert page.source.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4

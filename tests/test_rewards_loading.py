@@ -73,6 +73,7 @@ def config(reward_funcs, plugins=(), **more):
     return SimpleNamespace(
         reward_funcs=reward_funcs,
         external_plugins=list(plugins),
+        reward_model=None,
         reward_weights=None,
         max_completion_length=10,
         soft_max_length=None,

@@ -54,6 +54,7 @@ def plugin(tmp_path_factory):
 def make_scorer(plugin, *reward_funcs, worker=RewardWorker, **changed):
     options = {
         "reward_funcs": list(reward_funcs),
+        "reward_model": None,
         "reward_weights": None,
         "external_plugins": [plugin],
         "reward_workers": 2,

@@ -1,4 +1,7 @@
-"""A tiny Qwen3 model with a byte-level BPE tokenizer and a chat template, made with transformers and tokenizers alone."""
+"""A tiny model, dense or with experts, with a byte-level BPE tokenizer and a chat template.
+
+Made with transformers and tokenizers alone.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,46 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+SETTINGS = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
 
-def make_tiny_model(folder: Path, *, seed: int = 0, **config_overrides) -> Path:
-    """Save a random Qwen3 (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
 
-    `config_overrides` are fields of `Qwen3Config`. Norm weights are random too, so that a swapped or lost norm shows.
+def make_tiny_model(folder: Path, *, seed: int = 0, family: str = "Qwen3", **config_overrides) -> Path:
+    """Save a random model (about 0.2M float32 parameters) and its tokenizer into `folder`; returns `folder`.
+
+    `config_overrides` are fields of the config of transformers' `family`. Norms and biases are random too, so that a swapped
+    or lost one shows.
     """
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    settings = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-    }
-    config = Qwen3Config(**(settings | config_overrides))
+    config = getattr(transformers, f"{family}Config")(**(SETTINGS | config_overrides))
+    return _save(getattr(transformers, f"{family}ForCausalLM"), config, folder, seed)
+
+
+def make_tiny_moe(folder: Path, *, family: str = "Qwen3Moe", seed: int = 0, **config_overrides) -> Path:
+    """As `make_tiny_model`, with 8 experts, of which each token takes 2."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    return make_tiny_model(folder, family=family, seed=seed, **(experts | config_overrides))
+
+
+def _save(kind, config, folder: Path, seed: int) -> Path:
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).float()
+        model = kind(config).float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

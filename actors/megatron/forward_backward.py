@@ -2,17 +2,20 @@
 
 The loss of a micro batch is its share of the loss of the global batch. So gradients are to be added, over micro batches and
 over data ranks, and never averaged. `calculate_per_token_loss` in the model config makes Megatron add: its schedules leave
-a loss that comes with a token count as it is, and its DDP does not divide by the number of data ranks. What remains is its
-division of the summed gradients by the token count, which `sum_gradients` leaves out.
+a loss that comes with a token count as it is, and its DDP does not divide by the number of data ranks, neither at the end nor
+in the backward hooks (`overlap_grad_reduce`). What remains is its division of the summed gradients by the token count, which
+`sum_gradients` leaves out; router_losses.py makes up for it where Megatron counts on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actors.megatron.micro_batch import PackedMicroBatch
+from actors.megatron.router_losses import router_losses_averaged
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +30,11 @@ def run_micro_batches(
     """What `output_loss` gave for each micro batch; an empty list unless this is the last pipeline stage."""
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
 
     module.train(backward)
-    with torch.set_grad_enabled(backward):
+    averaged = router_losses_averaged(get_model_config(module), micro_batches) if backward else nullcontext()
+    with torch.set_grad_enabled(backward), averaged:
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, output_loss),
             data_iterator=iter(micro_batches),

@@ -56,10 +56,20 @@ def pack_micro_batches(
     multiple: int = 1,
     old: Logprobs | None = None,
     ref: Logprobs | None = None,
+    batch_values: Mapping[int, np.ndarray] | None = None,
 ) -> list[PackedMicroBatch]:
-    """Every micro batch of `shard`, whose `sources` were fetched; `old` and `ref` hold logprobs by sequence key."""
+    """Every micro batch of `shard`, whose `sources` were fetched.
+
+    `old` and `ref` hold logprobs by sequence key, `batch_values` the values of all sequences of the global batch.
+    """
+    import torch
+
+    whole = None
+    if batch_values is not None:
+        whole = torch.from_numpy(np.stack([batch_values[key] for key in range(len(batch_values))])).to(device)
     return [
-        _pack(sequences, shard, sources, device=device, multiple=multiple, old=old, ref=ref) for sequences in shard.micro_batches
+        _pack(sequences, shard, sources, device=device, multiple=multiple, old=old, ref=ref, batch_values=whole)
+        for sequences in shard.micro_batches
     ]
 
 
@@ -72,6 +82,7 @@ def _pack(
     multiple: int,
     old: Logprobs | None,
     ref: Logprobs | None,
+    batch_values: torch.Tensor | None,
 ) -> PackedMicroBatch:
     import torch
 
@@ -85,10 +96,8 @@ def _pack(
         lengths.append(padding)
     layout = _Layout(np.asarray(lengths, np.int64), real)
 
-    def per_sequence(name: str) -> torch.Tensor:
-        values = np.zeros(len(lengths), np.float32)
-        values[: len(sequences)] = [getattr(sequence, name) for sequence in sequences]
-        return move(np.repeat(values, layout.lengths))
+    def per_sequence(values: list[Any], padding: Any, dtype: type = np.float32) -> np.ndarray:
+        return np.array(values + [padding] * (len(lengths) - len(values)), dtype)
 
     def move(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -98,6 +107,9 @@ def _pack(
             return None
         return move(layout.shifted([logprobs[sequence.key] for sequence in sequences], np.float32))
 
+    weights = per_sequence([sequence.weight for sequence in sequences], 0)
+    advantages = per_sequence([sequence.advantage for sequence in sequences], 0)
+    no_targets = [0.0] * len(sequences[0].targets)
     has_rollout = bool(parts) and parts[0][2] is not None
     ids = layout.joined([ids for ids, _, _ in parts], np.int64)
     batch = MicroBatch(
@@ -106,14 +118,18 @@ def _pack(
         cu_seqlens=move(np.concatenate([[0], layout.ends]).astype(np.int32)),
         labels=move(layout.shifted([ids], np.int64)),
         loss_mask=move(layout.shifted([mask for _, mask, _ in parts], np.float32)),
-        weights=per_sequence("weight"),
-        advantages=per_sequence("advantage"),
+        weights=move(np.repeat(weights, layout.lengths)),
+        advantages=move(np.repeat(advantages, layout.lengths)),
         sequence_ids=move(np.repeat(np.arange(len(lengths)), layout.lengths)),
+        sequence_weights=move(weights),
+        keys=move(per_sequence([sequence.key for sequence in sequences], -1, np.int64)),
+        targets=move(per_sequence([sequence.targets for sequence in sequences], no_targets)),
         num_tokens=shard.num_tokens,
         num_sequences=shard.num_sequences,
         rollout_logprobs=move(layout.shifted([part[2] for part in parts], np.float32)) if has_rollout else None,
         old_logprobs=next_logprobs(old),
         ref_logprobs=next_logprobs(ref),
+        batch_values=batch_values,
     )
     return PackedMicroBatch(sequences=sequences, batch=batch, max_length=max(lengths))
 
@@ -160,8 +176,8 @@ def fetch_sources(shard: Shard) -> list[GroupTokens | RowTokens]:
     return ray.get(list(shard.sources))
 
 
-def fetch_logprobs(references: list[Any] | None) -> Logprobs | None:
-    """The union of the ranks' results of `logprobs`."""
+def fetch_by_key(references: list[Any] | None) -> dict[int, np.ndarray] | None:
+    """The union of the ranks' results of `logprobs` or `sequence_values`."""
     import ray
 
     if references is None:

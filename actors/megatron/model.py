@@ -1,4 +1,4 @@
-"""The model of a rank: built and filled through mcore-bridge from a Hugging Face folder."""
+"""The model of a rank: built through mcore-bridge after a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.megatron.head import head_settings, start_head
 from actors.megatron.parallel import ParallelSizes
 from actors.megatron.platform import Platform
+from rlhf.heads import LANGUAGE_MODEL, Head
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +26,17 @@ class Model:
     config: Any  # mcore_bridge.ModelConfig
     folder: Path  # the Hugging Face folder it came from
     sizes: ParallelSizes
+    head: Head = LANGUAGE_MODEL
     has_adapter: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return self.config.params_dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """As config.json has it: "bfloat16", ..."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
@@ -40,8 +48,10 @@ class Model:
         yield from self.config.bridge.export_weights([self.module])
 
 
-def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any]) -> Model:
-    """Build this rank's part and load its weights. `options`: further fields of mcore-bridge's model config.
+def build_model(
+    config: Any, folder: str, sizes: ParallelSizes, platform: Platform, options: dict[str, Any], head: Head = LANGUAGE_MODEL
+) -> Model:
+    """Build this rank's part, with random weights, after `folder`/config.json. `options`: further fields of that config.
 
     Raises ValueError when the model does not divide into `sizes`.
     """
@@ -53,14 +63,17 @@ def build_model(config: Any, folder: str, sizes: ParallelSizes, platform: Platfo
     dtype = getattr(torch, config.torch_dtype) if config.torch_dtype else _stored_dtype(hugging_face)
     settings = hf_to_mcore_config(hugging_face)
     _check_divides(settings, sizes)
-    settings |= _training_settings(config, sizes, dtype, platform) | platform.model_settings | options
+    settings |= _training_settings(config, sizes, dtype, platform) | head_settings(head)
+    if settings.get("num_moe_experts"):
+        settings |= _expert_settings(config, sizes)
+    settings |= platform.model_settings | options
     with _rope_functions_restored():
         model_config = ModelConfig(**settings)
         (module,) = get_mcore_model(model_config)
-    _mark_vocabulary_weights(module)
+    _mark_vocabulary_weights(module, head)
     _silence_progress_bars()
-    model_config.bridge.load_weights([module], folder)
-    return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes)
+    start_head(module, head, Path(folder), seed=config.seed, environment=config.environment)
+    return Model(module=module.to(platform.device), config=model_config, folder=Path(folder), sizes=sizes, head=head)
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -80,7 +93,7 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
 
     if config.attention_backend == "local":
         raise ValueError("attention_backend local: mcore-bridge builds models with Transformer Engine's attention only")
-    backend = config.attention_backend
+    backend = config.attention_backend or "flash"
     if backend == "flash" and not platform.flash_attention:
         print("attention_backend flash: flash-attn is not installed; Transformer Engine chooses among its own kernels")
         backend = "auto"
@@ -93,10 +106,10 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
         "tensor_model_parallel_size": sizes.tensor,
         "pipeline_model_parallel_size": sizes.pipeline,
         "sequence_parallel": sizes.sequence,
-        "expert_tensor_parallel_size": 1,
         "attention_backend": AttnBackend[backend],
         "deterministic_mode": config.deterministic,
         "cross_entropy_loss_fusion": config.cross_entropy_loss_fusion,
+        "gradient_accumulation_fusion": _fuses_gradients(config, platform),
         "calculate_per_token_loss": True,  # losses come divided: Megatron shall only add (see forward_backward.py)
         "mtp_num_layers": None,
         "recompute_granularity": granularity,
@@ -106,6 +119,23 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
     if granularity == "selective":
         settings |= {"recompute_modules": list(config.recompute_modules)}
     return settings
+
+
+def _fuses_gradients(config: Any, platform: Platform) -> bool:
+    if config.gradient_accumulation_fusion and not platform.fused_gradients:
+        raise ValueError("gradient_accumulation_fusion needs a GPU and apex's CUDA extensions, which are not here: leave it out")
+    return platform.fused_gradients and config.gradient_accumulation_fusion is not False
+
+
+def _expert_settings(config: Any, sizes: ParallelSizes) -> dict[str, Any]:
+    names = ("permute_fusion", "shared_expert_overlap", "aux_loss_coeff", "z_loss_coeff", "expert_capacity_factor")
+    names += ("pad_expert_input_to_capacity", "token_drop_policy", "router_dtype")
+    return {f"moe_{name}": getattr(config, f"moe_{name}") for name in names} | {
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": sizes.expert_tensor,
+        "moe_grouped_gemm": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _stored_dtype(hugging_face: Any) -> torch.dtype:
@@ -133,11 +163,12 @@ def _silence_progress_bars() -> None:
     gpt_bridge.tqdm = lambda *arguments, **options: tqdm(*arguments, **(options | {"disable": True}))
 
 
-def _mark_vocabulary_weights(module: torch.nn.Module) -> None:
+def _mark_vocabulary_weights(module: torch.nn.Module, head: Head) -> None:
     """Without the mark a gradient norm under tensor parallelism counts only rank 0's part of these two weights."""
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-    for name in ("embedding.word_embeddings", "output_layer"):
+    whole = head.kind == "seq_cls"  # each tensor rank has all of this output layer
+    for name in ("embedding.word_embeddings",) if whole else ("embedding.word_embeddings", "output_layer"):
         try:
             weight = module.get_submodule(name).weight
         except AttributeError:  # another pipeline stage has it

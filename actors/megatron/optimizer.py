@@ -43,6 +43,14 @@ class Training:
     def _states(self) -> list[dict[str, Any]]:
         return [state for optimizer in self.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
 
+    def finish_gather(self) -> None:
+        """Wait until the weights are those of the last update: with overlap_param_gather they come with the next forward pass.
+
+        A collective of the data ranks, needed before anything but a forward pass reads or moves weights.
+        """
+        if self.module.use_forward_hook:
+            self.module.start_param_sync(force_sync=True)
+
     def zero_gradients(self) -> None:
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -73,8 +81,10 @@ def prepare_training(model: Model, config: Any, optimizer_options: dict[str, Any
 
     lower = model.dtype == torch.bfloat16
     inner = Float16Module(model.config, model.module) if lower else model.module
-    shared = {"use_distributed_optimizer": config.use_distributed_optimizer}
-    ddp_config = DistributedDataParallelConfig(**(shared | {"grad_reduce_in_fp32": True} | ddp_options))
+    names = ("use_distributed_optimizer", "overlap_param_gather")
+    shared = {name: getattr(config, name) for name in names}
+    reduction = {"grad_reduce_in_fp32": True, "overlap_grad_reduce": config.overlap_grad_reduce}
+    ddp_config = DistributedDataParallelConfig(**(shared | reduction | ddp_options))
     module = DistributedDataParallel(model.config, ddp_config, inner)
     settings = shared | {
         "optimizer": "adam",
@@ -88,6 +98,9 @@ def prepare_training(model: Model, config: Any, optimizer_options: dict[str, Any
         "bf16": lower,
         "params_dtype": model.dtype,
     }
+    if config.optimizer_cpu_offload:  # Megatron's HybridDeviceOptimizer; master weights are its own, hence the second name
+        settings |= {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
+        settings |= {"optimizer_offload_fraction": config.optimizer_offload_fraction}
     optimizer = get_megatron_optimizer(OptimizerConfig(**(settings | optimizer_options)), [module])
     if not isinstance(optimizer, ChainedOptimizer):  # alone it does not measure the gradient norm when clip_grad is 0
         optimizer = ChainedOptimizer([optimizer])

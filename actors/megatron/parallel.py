@@ -17,6 +17,8 @@ class ParallelSizes:
     tensor: int
     pipeline: int
     sequence: bool  # split activations outside of tensor-parallel regions along the sequence
+    expert: int = 1  # ranks that share the experts of a layer; they are ranks of data and tensor parallelism elsewhere
+    expert_tensor: int = 1  # ranks that share one expert
 
     @property
     def token_multiple(self) -> int:
@@ -45,6 +47,11 @@ def start_process_group(
             f"{world_size} ranks do not divide into models of tensor_model_parallel_size {sizes.tensor} x "
             f"pipeline_model_parallel_size {sizes.pipeline}"
         )
+    if world_size % (sizes.expert * sizes.expert_tensor * sizes.pipeline):
+        raise ValueError(
+            f"{world_size} ranks do not divide by expert_model_parallel_size {sizes.expert} x expert_tensor_parallel_size "
+            f"{sizes.expert_tensor} x pipeline_model_parallel_size {sizes.pipeline}"
+        )
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"})  # mcore-bridge reads them
     import torch.distributed as dist
 
@@ -55,7 +62,13 @@ def start_process_group(
     dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(sizes.tensor, sizes.pipeline, distributed_timeout_minutes=max(1, timeout // 60))
+    parallel_state.initialize_model_parallel(
+        sizes.tensor,
+        sizes.pipeline,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=max(1, timeout // 60),
+    )
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     _seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

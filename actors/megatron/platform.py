@@ -22,6 +22,7 @@ class Platform:
     backend: str  # of torch.distributed
     model_settings: dict[str, Any] = field(default_factory=dict)  # fields of Megatron's model config
     flash_attention: bool = True  # Transformer Engine finds FlashAttention
+    fused_gradients: bool = False  # apex has the kernel that adds weight gradients inside a matrix product
 
     def release_memory(self) -> None:
         """Give back what torch keeps of freed device memory, to who shares the device."""
@@ -60,7 +61,6 @@ def start_platform() -> Platform:
     gpu = torch.cuda.is_available()
     fused = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
     settings = {
-        "gradient_accumulation_fusion": False,  # needs apex
         "overlap_p2p_comm": False,  # that is for interleaved stages
         **dict.fromkeys(fused, gpu),  # faster, and 2 of 5 numbers an inner feature of an MLP fewer to keep
     }
@@ -71,6 +71,7 @@ def start_platform() -> Platform:
             backend="nccl",
             model_settings=settings,
             flash_attention=find_spec("flash_attn") is not None,
+            fused_gradients=find_spec("fused_weight_gradient_mlp_cuda") is not None,
         )
     cpu.install()
     return Platform(device=torch.device("cpu"), backend="gloo", model_settings=settings | {"use_cpu_initialization": True})

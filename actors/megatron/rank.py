@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.device_memory import memory_explained, peak_gib
-from actors.model_folder import require_model
+from actors.model_folder import require_megatron, require_model
 from actors.progress import Progress
+from rlhf.heads import LANGUAGE_MODEL, Head
+from rlhf.model_folder import read_shape
 from rlhf.records import RankInfo, Shard
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from ray import ObjectRef
 
     from actors.megatron.micro_batch import PackedMicroBatch
     from actors.megatron.model import Model
+    from rlhf.records import MicroBatch
+
+    # From the outputs of a micro batch (logprobs [T], or what a head gives, [B, K]): values of each of its sequences, [B, K].
+    SequenceValues = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
 MEMORY_RETURNS = 15.0  # seconds after which the driver has freed the memory of a process that died
@@ -60,12 +68,12 @@ class MegatronRank:
         """
         from actors.megatron.forward_backward import run_micro_batches
         from actors.megatron.lora import adapter_disabled
-        from actors.megatron.micro_batch import fetch_sources, pack_micro_batches, split_logprobs
+        from actors.megatron.micro_batch import split_logprobs
         from actors.megatron.parallel import returns_results
 
         with self.doing("logprobs"):
             assert not reference or self.model.has_adapter, "only a model with an adapter can be its own reference"
-            batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
+            batches = self._packed(shard)
             with adapter_disabled(self.model) if reference else nullcontext():
                 packed = run_micro_batches(self.module, batches, self._score, backward=False)
             if not returns_results():
@@ -74,6 +82,56 @@ class MegatronRank:
             for batch, values in zip(batches, packed):
                 result |= split_logprobs(batch, values.cpu().numpy())
             return None, result
+
+    @ray.method(num_returns=2)
+    def token_logits(
+        self, shard: Shard, vocab_size: int, top_k: int | None, reference: bool = False
+    ) -> tuple[None, dict[int, ObjectRef] | None]:
+        """Per sequence key a reference to the `TokenLogits` of this rank's columns, or over all ranks of the `top_k` likeliest.
+
+        `vocab_size`: the tokens that the model has in common with who compares. Two values as `logprobs`; the second is None on
+        ranks without logits. `reference` switches the adapter off.
+        """
+        from megatron.core import parallel_state
+
+        from actors.megatron.distillation import keep_logits
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.lora import adapter_disabled
+
+        def output_logits(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[int, ObjectRef]]:
+            kept = keep_logits(logits, micro_batch, vocab_size=vocab_size, top_k=top_k)
+            return logits.new_zeros(()), kept
+
+        with self.doing("token_logits"):
+            batches = self._packed(shard)
+            with adapter_disabled(self.model) if reference else nullcontext():
+                kept = run_micro_batches(self.module, batches, output_logits, backward=False)
+            self.platform.release_memory()  # to the policy, on whose device this may be
+            if not parallel_state.is_pipeline_last_stage():
+                return None, None
+            return None, {key: ref for part in kept for key, ref in part.items()}
+
+    @ray.method(num_returns=2)
+    def sequence_values(
+        self, shard: Shard, values: SequenceValues, ref: list[ObjectRef] | None = None, reference: bool = False
+    ) -> tuple[None, dict[int, np.ndarray] | None]:
+        """Per sequence key what `values` makes of the model's output, [K] float32, without gradient; otherwise as `logprobs`."""
+        from actors.megatron.forward_backward import run_micro_batches
+        from actors.megatron.lora import adapter_disabled
+        from actors.megatron.parallel import returns_results
+
+        def output_values(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            result = values(self._outputs(logits, micro_batch), micro_batch.batch)
+            return result.sum(), result
+
+        with self.doing("sequence_values"):
+            batches = self._packed(shard, ref=ref)
+            with adapter_disabled(self.model) if reference else nullcontext():
+                results = run_micro_batches(self.module, batches, output_values, backward=False)
+            if not returns_results():
+                return None, None
+            rows = zip(batches, (result.float().cpu().numpy() for result in results))
+            return None, {ref.key: row[i] for batch, row in rows for i, ref in enumerate(batch.sequences)}
 
     def leave_device(self, weights: bool) -> None:
         """Make room for engines on the same device; with `weights` also those of the model, if `offload_model`."""
@@ -115,16 +173,38 @@ class MegatronRank:
         """Micro batches have a multiple of this many tokens."""
         return self.model.sizes.token_multiple
 
-    def _start(self, master: str, *, model: str, tensor: int, pipeline: int, options: dict[str, Any]) -> None:
-        """Join the group and build this rank's part of the model in the folder `model`."""
+    def _start(
+        self,
+        master: str,
+        *,
+        model: str,
+        megatron: str | None,
+        tensor: int,
+        pipeline: int,
+        options: dict[str, Any],
+        head: Head = LANGUAGE_MODEL,
+    ) -> None:
+        """Join the group and build this rank's part of the model in the folder `model`, with this head.
+
+        Its weights are the safetensors there, or the Megatron checkpoint in the folder `megatron`.
+        """
         os.environ.setdefault("TQDM_DISABLE", "1")
         from actors.megatron.parallel import ParallelSizes, start_process_group
         from actors.megatron.platform import start_platform
 
         config = self.config
         require_model(model)
+        if megatron is not None:
+            require_megatron(megatron)
         self.platform = start_platform()
-        sizes = ParallelSizes(tensor=tensor, pipeline=pipeline, sequence=config.sequence_parallel and tensor > 1)
+        has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
+        sizes = ParallelSizes(
+            tensor=tensor,
+            pipeline=pipeline,
+            sequence=config.sequence_parallel and tensor > 1,
+            expert=config.expert_model_parallel_size if has_experts else 1,
+            expert_tensor=config.expert_tensor_parallel_size if has_experts else 1,
+        )
         start_process_group(
             self.platform,
             sizes,
@@ -135,11 +215,16 @@ class MegatronRank:
             seed=config.seed,
             timeout=config.call_timeout,
         )
+        from actors.megatron.checkpoint import load_model, load_weights
         from actors.megatron.model import build_model, split_options
         from actors.megatron.offload import Offload
 
-        model_options, self.optimizer_options, self.ddp_options = split_options(options)
-        self.model = build_model(config, model, sizes, self.platform, model_options)
+        self.model_options, self.optimizer_options, self.ddp_options = split_options(options)
+        self.model = build_model(config, model, sizes, self.platform, self.model_options, head)
+        if megatron is None:
+            load_weights(self.model, Path(model))
+        else:
+            load_model(self.model, Path(megatron))
         self.weights = Offload(self.platform)
         self.module = self.model.module
 
@@ -156,6 +241,34 @@ class MegatronRank:
             returns_logprobs=returns_results(),
         )
 
+    def _packed(
+        self,
+        shard: Shard,
+        old: list[ObjectRef] | None = None,
+        ref: list[ObjectRef] | None = None,
+        batch_values: list[ObjectRef] | None = None,
+    ) -> list[PackedMicroBatch]:
+        """The micro batches of a shard; `old`, `ref`, `batch_values`: results of `logprobs` and `sequence_values`."""
+        from actors.megatron.micro_batch import fetch_by_key, fetch_sources, pack_micro_batches
+
+        return pack_micro_batches(
+            shard,
+            fetch_sources(shard),
+            device=self.platform.device,
+            multiple=self.multiple,
+            old=fetch_by_key(old),
+            ref=fetch_by_key(ref),
+            batch_values=fetch_by_key(batch_values),
+        )
+
+    def _outputs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
+        """What a loss is made of: logprobs of the next tokens, [T]; of a model with a head its values, [B, K]. Both float32."""
+        if self.model.head.is_language_model:
+            return self._next_token_logprobs(logits, micro_batch)
+        from actors.megatron.head import last_token_values
+
+        return last_token_values(logits, micro_batch.batch.cu_seqlens)
+
     def _next_token_logprobs(self, logits: torch.Tensor, micro_batch: PackedMicroBatch) -> torch.Tensor:
         """[1, T, V / tensor ranks] -> [T] float32."""
         from actors.megatron.logprobs import next_token_logprobs
@@ -163,7 +276,7 @@ class MegatronRank:
         return next_token_logprobs(
             logits,
             micro_batch.batch.labels,
-            temperature=1.0 if self.config.task == "sft" else self.config.temperature,
+            temperature=self.config.temperature if self.config.task == "grpo" else 1.0,
             vocab_size=self.model.vocab_size,
             fused=self.config.cross_entropy_loss_fusion,
         )

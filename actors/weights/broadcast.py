@@ -123,6 +123,14 @@ class Seat:
         await asyncio.wrap_future(joined.group.formed)
 
 
+def leave_group() -> None:
+    """In the engine's process: leave the group it is in; another sender's groups are counted anew."""
+    global _membership
+    if _membership is not None:
+        _membership.group.close()
+        _membership = None
+
+
 class _Membership:
     """The receiving side."""
 

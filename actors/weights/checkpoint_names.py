@@ -1,4 +1,4 @@
-"""Which tensors a complete set of weights must hold, read from the model folder's safetensors headers."""
+"""Which tensors a complete set of weights must hold, as the model's folder says: no weights are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from rlhf.megatron_folder import TENSORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +19,22 @@ class CheckpointTensors:
     tied: bool  # the output layer is the embedding
 
 
-def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
-    """Read every header of `folder`'s safetensors files (no weights). ValueError when it has none."""
-    folder = Path(folder)
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} from the headers of `folder`'s safetensors files, or its tensors.json. ValueError when it has neither."""
     files = sorted(folder.glob("*.safetensors"))
     if (index := folder / "model.safetensors.index.json").exists():
         files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors file: convert the model with transformers' `save_pretrained`")
-    shapes = {name: shape for file in files for name, shape in _header(file).items()}
+    if files:
+        return {name: shape for file in files for name, shape in _header(file).items()}
+    if (folder / TENSORS).exists():
+        return {name: tuple(shape) for name, shape in json.loads((folder / TENSORS).read_text()).items()}
+    raise ValueError(f"{folder} has no *.safetensors file: convert the model with transformers' `save_pretrained`")
+
+
+def checkpoint_tensors(folder: str | Path) -> CheckpointTensors:
+    """The tensors of the model in `folder`. ValueError when it does not say."""
+    folder = Path(folder)
+    shapes = tensor_shapes(folder)
     config = json.loads((folder / "config.json").read_text())
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
     redundant = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}

@@ -29,6 +29,7 @@ class WorkerExtension(LogprobRecorder):
             self.finish_weights(tied=False)
         self.forget_logprobs()
         if self.device.type == "cpu":
+            _repack_experts(self.model_runner.model)
             with set_current_vllm_config(self.vllm_config):
                 initialize_layerwise_reload(self.model_runner.model)
         self._loading = True
@@ -59,6 +60,13 @@ class WorkerExtension(LogprobRecorder):
             finalize_layerwise_reload(model, self.model_config)
             if tied:
                 _tie_output(model)
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """vLLM packs experts for its CPU kernel only when it builds the kernel: without this they would be replaced unpacked."""
+    for layer in model.modules():
+        if hasattr(method := getattr(layer, "quant_method", None), "moe_kernel"):
+            method.moe_kernel = None
 
 
 def _tie_output(model: torch.nn.Module) -> None:

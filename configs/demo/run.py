@@ -45,9 +45,9 @@ def main() -> None:
     )
 
 
-def megaray(task: str, *options: str) -> subprocess.Popen:
-    """One command, as a user types it, started."""
-    config = HERE / ("sft.yaml" if task == "sft" else "grpo.yaml")
+def megaray(task: str, *options: str, config: str | None = None) -> subprocess.Popen:
+    """One command, as a user types it, started. `config`: a file beside this one (default: that of sft, or of GRPO)."""
+    config = HERE / (config or ("sft.yaml" if task == "sft" else "grpo.yaml"))
     command = [sys.executable, str(HERE.parent.parent / "rlhf" / "main.py"), task, "--config", str(config), *options]
     print("$ megaray", *command[2:], flush=True)
     return subprocess.Popen(command)

@@ -20,8 +20,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(folder: Path, seed: int) -> None:
-    """A Qwen3 model of 0.6M parameters with random weights, and its tokenizer, in Hugging Face's format."""
+def make_model(folder: Path, seed: int, *, layers: int = 4) -> None:
+    """A Qwen3 model of 0.6M parameters (with 4 layers) with random weights, and its tokenizer, in Hugging Face's format."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -39,7 +39,7 @@ def make_model(folder: Path, seed: int) -> None:
         vocab_size=len(vocabulary),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -53,7 +53,10 @@ def make_model(folder: Path, seed: int) -> None:
 
 
 def make_data(folder: Path, seed: int) -> None:
-    """sft.jsonl, grpo.jsonl and held_out.jsonl; the sums of the first two are disjoint as well."""
+    """sft.jsonl, grpo.jsonl and held_out.jsonl; the sums of the first two are disjoint as well.
+
+    gkd.jsonl and held_out_answered.jsonl are the last two with answers.
+    """
     rng = random.Random(seed)
     held_out = hold_out(rng)
     seen = [number for number in range(10, 100) if number not in held_out]
@@ -62,7 +65,10 @@ def make_data(folder: Path, seed: int) -> None:
     half = len(training) // 2
     _write(folder / "sft.jsonl", training[:half], answered=True)
     _write(folder / "grpo.jsonl", training[half:], answered=False)
-    _write(folder / "held_out.jsonl", rng.sample([(a, b) for a in held_out for b in held_out], HELD_OUT_SUMS), answered=False)
+    _write(folder / "gkd.jsonl", training[half:], answered=True)
+    unseen = rng.sample([(a, b) for a in held_out for b in held_out], HELD_OUT_SUMS)
+    _write(folder / "held_out.jsonl", unseen, answered=False)
+    _write(folder / "held_out_answered.jsonl", unseen, answered=True)
 
 
 def hold_out(rng: random.Random) -> list[int]:

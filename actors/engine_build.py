@@ -1,0 +1,60 @@
+"""How a vLLM engine is built from a run's options."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from actors.weights.checkpoint_names import checkpoint_dtype
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+def build_engine(config: Any, index: int, load_weights: bool, sleeps: bool) -> LLMEngine:
+    """The engine, in this process; the arguments are those of `RolloutEngine`."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights, sleeps))
+
+
+def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    seeded_on_cpu = config.deterministic and current_platform.is_cpu()
+    options = {
+        "model": config.model,
+        "dtype": config.torch_dtype or checkpoint_dtype(config.model),
+        "load_format": "auto" if load_weights else "dummy",
+        "seed": config.seed + index,
+        "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "max_model_len": config.vllm_max_model_len,
+        "max_num_seqs": config.vllm_max_num_seqs,
+        "enforce_eager": config.vllm_enforce_eager,
+        "enable_prefix_caching": config.vllm_enable_prefix_caching,
+        "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two
+        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
+        "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "enable_sleep_mode": sleeps,
+    }
+    if config.adapters:
+        options |= {"enable_lora": True, "max_lora_rank": _room_for(config.adapters[0])}
+    given = {name: value for name, value in options.items() if value is not None}
+    return EngineArgs(**given | config.vllm)
+
+
+def _room_for(adapter: str) -> int:
+    """The least of the ranks that vLLM reserves memory for in which the adapter's fits."""
+    from vllm.config.lora import MaxLoRARanks
+
+    settings = json.loads(Path(adapter, "adapter_config.json").read_text())
+    rank = max(settings["r"], *settings.get("rank_pattern", {}).values(), 1)
+    return min(room for room in get_args(MaxLoRARanks) if room >= rank)
