@@ -77,7 +77,8 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     assert not (work / "killed" / "checkpoint-16").exists()
     status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
     assert status == 0, output[-4000:]
-    assert repeated(work / "offloaded") == repeated(work / "killed")
+    for one, other in zip(repeated(work / "offloaded"), repeated(work / "killed"), strict=True):
+        assert {name: (one[name], other[name]) for name in one if one[name] != other[name]} == {}, one["step"]
     weights = [(work / name / "checkpoint-16" / "model.safetensors").read_bytes() for name in ("offloaded", "killed")]
     assert weights[0] == weights[1]
 
