@@ -13,13 +13,12 @@ import asyncio
 import importlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.device_memory import memory_explained, peak_gib
-from actors.engine_build import build_engine
+from actors.engine_build import build_engine, lora_request
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.sampling import sampling_params
@@ -27,7 +26,7 @@ from actors.step_thread import StepThread, Watch
 from actors.weights.broadcast import leave_group
 from actors.weights.checkpoint_names import checkpoint_tensors
 from actors.weights.ledger import PushError, PushLedger
-from rlhf.records import Bucket, GroupTokens
+from rlhf.records import Bucket, GroupSummary, GroupTokens
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -44,15 +43,6 @@ ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local folder
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSummary:
-    """What the controller reads of a group; the tokens stay in the object store."""
-
-    texts: tuple[str, ...]  # n, without special tokens
-    finish_reasons: tuple[str, ...]  # n: "stop" or "length"
-    response_lengths: tuple[int, ...]  # n, tokens, with the one that ended the response
 
 
 class RolloutEngine:
@@ -88,7 +78,7 @@ class RolloutEngine:
         self.tokenizer = engine.get_tokenizer()
         self.recorded = all(await self.thread.call(lambda: engine.collective_rpc("record_logprobs")))
         self.acknowledged = 0 if self.load_weights else None
-        self.adapter = _adapter(self.config.adapters)
+        self.adapter = lora_request(self.config.adapters)
         if self.sleeps:
             await self.sleep()
         self.built.set()
@@ -292,11 +282,3 @@ class RolloutEngine:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         reasons = tuple(sample.finish_reason for sample in output.outputs)
         return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))
-
-
-def _adapter(folders: Sequence[str]) -> LoRARequest | None:
-    if not folders:
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(lora_name="adapter", lora_int_id=1, lora_path=folders[0])

@@ -1,7 +1,7 @@
 """Fits a run to its GPUs before it starts: the options that memory decides, and the refusal of what cannot fit.
 
 Where engines share the policy's GPUs, an engine gets what the policy leaves while it generates. Numbers are those of
-`rlhf.memory`: predictions.
+`rlhf.memory` and `rlhf.phases`: predictions.
 """
 
 from __future__ import annotations
@@ -13,22 +13,10 @@ from typing import Any
 
 from rlhf.config import Config
 from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
-from rlhf.memory import (
-    ACTIVATIONS,
-    ENGINE_RESIDUE,
-    ENGINE_WORK,
-    GIB,
-    engine_memory,
-    holdings,
-    longest_sequence,
-    offloaded,
-    phases,
-    responses_at_a_time,
-    sequence_cache,
-    shares_gpus,
-)
+from rlhf.layout_check import check_layout
+from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
 from rlhf.model_folder import ModelShape
-from rlhf.validation import check_layout
+from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
 
 MARGIN = 2  # per cent of a GPU that nobody is given
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say

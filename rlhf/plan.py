@@ -25,8 +25,6 @@ from rlhf.memory import (
     frozen_memory,
     longest_sequence,
     micro_batch_tokens,
-    offloaded,
-    phases,
     policy_memory,
     responses_at_a_time,
     reward_model_memory,
@@ -34,6 +32,7 @@ from rlhf.memory import (
     stored_logits,
 )
 from rlhf.model_folder import ModelShape, read_shape
+from rlhf.phases import offloaded, phases
 from rlhf.without_gpus import refusal_without_gpus
 
 
