@@ -44,6 +44,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "load_format": "auto" if load_weights else "dummy",
         "seed": config.seed + index,
         "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "distributed_executor_backend": "mp" if config.vllm_tensor_parallel_size > 1 else None,
         "max_model_len": config.vllm_max_model_len,
         "max_num_seqs": config.vllm_max_num_seqs,
         "enforce_eager": config.vllm_enforce_eager,

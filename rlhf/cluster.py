@@ -1,8 +1,8 @@
 """The resources of one run: joins or starts Ray, reserves places, fits the run into their memory, starts actors on them.
 
-A place is one placement bundle: a GPU with its share of CPUs, or CPUs alone. Policy ranks have one each, and in colocate mode
-engines sit on them too, as frozen models do (reference, teacher, reward model). In server mode engines have places of their own.
-The data and reward actors take none. `rlhf.roles` and `rlhf.engines` say what is started.
+A place is one placement bundle, on one node. A policy rank's is a GPU with its share of CPUs, or CPUs alone; in colocate mode
+engines sit on such places too, as frozen models do (reference, teacher, reward model). In server mode an engine has a place of
+its own, as large as it is wide. The data and reward actors take none. `rlhf.roles` and `rlhf.engines` say what is started.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Cluster:
         self.named: NamedEngines | None = None  # of `megaray rollout`, which this run uses
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
-        self.bundles: list[int] = []  # of the placement group, those of a node one after another
+        self.bundles: list[int] = []  # of the placement group, by place: a node's stand together
+        self.nodes: dict[int, str] = {}  # of each bundle
         self.before_release: list[Callable[[], None]] = []  # what must know that its actors end
         self.predicted: dict[str, float] = {}  # peak of each phase on the fullest GPU, as metrics
 
@@ -84,9 +85,14 @@ class Cluster:
             self.placement = None
 
     @property
+    def has_gpus(self) -> bool:
+        """A place has a GPU."""
+        return "GPU" in self.placement.bundle_specs[0]
+
+    @property
     def shares_gpus(self) -> bool:
         """Engines and policy use the same GPUs by turns."""
-        return not own_places(self.config) and "GPU" in self.placement.bundle_specs[0]
+        return not own_places(self.config) and self.has_gpus
 
     def create(
         self,
@@ -108,18 +114,24 @@ class Cluster:
         """Ray's options for an actor that takes a `share` of a place."""
         index = self.bundles[place]
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
-        options = {"scheduling_strategy": strategy, "num_cpus": self.config.cpus_per_rank * share}
-        if self.placement.bundle_specs[index].get("GPU"):
-            options["num_gpus"] = share
+        size = self.placement.bundle_specs[index]
+        options = {"scheduling_strategy": strategy, "num_cpus": size["CPU"] * share}
+        if size.get("GPU"):
+            options["num_gpus"] = size["GPU"] * share
         return options
+
+    def gpus(self, count: int) -> list[str]:
+        """The GPUs of the first `count` places, which are policy ranks', as CUDA_VISIBLE_DEVICES names them."""
+        look = ray.remote(_assigned_gpu)
+        return self.answer([look.options(**self.on_place(place)).remote() for place in range(count)], "looking at the GPUs")
 
     def beside_driver(self) -> dict[str, Any]:
         """Ray's options for an actor on this process's node, on no place."""
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return {"num_cpus": 0, "scheduling_strategy": node}
 
-    def answer(self, ref: ray.ObjectRef, what: str) -> Any:
-        """What a call gives within call_timeout. DataFailure otherwise, or when its actor died."""
+    def answer(self, ref: ray.ObjectRef | list[ray.ObjectRef], what: str) -> Any:
+        """What a call, or each of several, gives within call_timeout. DataFailure otherwise, or when its actor died."""
         try:
             return ray.get(ref, timeout=self.config.call_timeout)
         except ray.exceptions.GetTimeoutError:
@@ -156,36 +168,51 @@ class Cluster:
             print(f"using the rollout engines named {name} of `megaray rollout`: {self.num_engines}")
 
     def _reserve(self) -> None:
-        """Reserve the bundles: policy ranks first, then the engines of server mode."""
-        config = self.config
-        own_bundles = 0 if self.named or not own_places(config) else self.num_engines * config.vllm_tensor_parallel_size
-        count = self.policy_ranks + own_bundles
-        bundle = {"CPU": config.cpus_per_rank}
+        """Reserve the places: policy ranks first, then the engines of server mode."""
+        config, width = self.config, self.config.vllm_tensor_parallel_size
+        engines = 0 if self.named or not own_places(config) else self.num_engines
+        rank = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
-            bundle["GPU"] = 1
-        for kind, each in sorted(bundle.items(), reverse=True):  # GPUs first
+            rank["GPU"] = 1
+        engine = {kind: each * width for kind, each in rank.items()}
+        self._require_resources(rank, engines * width)
+        bundles = [rank] * self.policy_ranks + [engine] * engines
+        name = config.rollout_name if config.task == "rollout" else ""
+        self.placement = placement_group(bundles, strategy="PACK", name=name)
+        if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
+            sizes = " and ".join(f"{bundles.count(size)} of {size}" for size in (rank, engine)[: 1 + (width > 1)])
+            raise ValueError(
+                f"Ray could not place {len(bundles)} bundles, {sizes}: other jobs hold the cluster's resources "
+                f"(free now: {ray.available_resources()})"
+            )
+        self.nodes = placement_group_table(self.placement)["bundles_to_node_id"]
+        self.bundles = by_node(self.nodes)
+        if width > 1:  # else every bundle will do for a rank
+            self.bundles.sort(key=lambda bundle: bundle >= self.policy_ranks)
+
+    def _require_resources(self, rank: dict[str, float], engine_places: int) -> None:
+        """ValueError when the cluster lacks what the policy and the engines' own places take, each place as much as `rank`."""
+        count, width = self.policy_ranks + engine_places, self.config.vllm_tensor_parallel_size
+        for kind, each in sorted(rank.items(), reverse=True):  # GPUs first
             have = ray.cluster_resources().get(kind, 0)
             if have < each * count:
                 raise ValueError(
-                    f"{self.policy_ranks} policy ranks + {own_bundles} engine places need {count} x {each:g} {kind} = "
+                    f"{self.policy_ranks} policy ranks + {engine_places} engine places need {count} x {each:g} {kind} = "
                     f"{each * count:g}, the cluster has {have:g}: lower nproc_per_node, rollout.num_engines or cpus_per_rank, "
                     "or add nodes"
                 )
-        name = config.rollout_name if config.task == "rollout" else ""
-        self.placement = placement_group([bundle] * count, strategy="PACK", name=name)
-        if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
-            raise ValueError(
-                f"Ray could not place {count} bundles of {bundle}: other jobs hold the cluster's resources "
-                f"(free now: {ray.available_resources()})"
-            )
-        self.bundles = by_node(placement_group_table(self.placement)["bundles_to_node_id"])
+            most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+            if self.num_engines and self.named is None and most < each * width:
+                raise ValueError(
+                    f"vllm_tensor_parallel_size {width} needs {each * width:g} {kind} on one node, no node has more than {most:g}"
+                )
 
     def _fit(self) -> None:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""
         if self.config.task == "export":  # what it takes is what the model takes
             return
         given, models = self.config, shapes(self.config)
-        if "GPU" not in self.placement.bundle_specs[0]:
+        if not self.has_gpus:
             if text := refusal_without_gpus(given, models[0]):
                 raise ValueError(text)
             if text := note_without_gpus(given):
@@ -203,6 +230,12 @@ class Cluster:
         for text in filter(None, [note(given, self.config, *room), warning(self.config, *room)]):
             print(f"note: {text}")
         self.predicted = {f"predicted_gpu_gib_{phase}": size / GIB for phase, size in phases(self.config, *room).items()}
+
+
+def _assigned_gpu() -> str:
+    """The GPU of the place that this runs on."""
+    (gpu,) = ray.get_gpu_ids()
+    return str(gpu)
 
 
 def by_node(nodes: dict[int, str]) -> list[int]:

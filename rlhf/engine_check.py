@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.config import Config
 from rlhf.counts import policy_ranks, rollout_engines
+from rlhf.layout_check import check_tensor_split
 from rlhf.model_folder import ModelShape
 
 
@@ -13,11 +14,29 @@ def check_engines(config: Config, shape: ModelShape) -> None:
         raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if config.top_k == 0:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
-    if config.vllm_tensor_parallel_size > 1:
-        raise ValueError("vllm_tensor_parallel_size above 1 is not supported yet: raise rollout.num_engines instead")
+    check_width(config, shape)
     limit = config.vllm_max_model_len
     if limit and shape.max_length and limit > shape.max_length:
         raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
+
+
+def check_teacher_engines(config: Config, shape: ModelShape) -> None:
+    """Those that answer by the teacher, whose `shape` it is, on the policy's places (seq_kd). Raises ValueError."""
+    check_width(config, shape, "the teacher: ")
+    width, ranks = config.vllm_tensor_parallel_size, policy_ranks(config)
+    if width > ranks:
+        raise ValueError(
+            f"vllm_tensor_parallel_size {width} is more than the {ranks} policy ranks on whose places the teacher answers"
+        )
+
+
+def check_width(config: Config, shape: ModelShape, prefix: str = "") -> None:
+    """Whether a model can be split over an engine's devices. Raises ValueError."""
+    width = config.vllm_tensor_parallel_size
+    name = f"{prefix}vllm_tensor_parallel_size {width}"
+    check_tensor_split(shape, width, name)
+    if shape.experts and shape.experts.ffn_size % width and not config.vllm.get("enable_expert_parallel"):
+        raise ValueError(f"{name} does not divide the model's moe_intermediate_size {shape.experts.ffn_size}")
 
 
 def check_rollout(config: Config, shape: ModelShape) -> None:
@@ -36,6 +55,11 @@ def check_rollout(config: Config, shape: ModelShape) -> None:
         given = f"max_completion_length {config.max_completion_length}"
         raise ValueError(f"{given} leaves no room for a prompt: {name} is {limit} tokens")
     ranks, engines, each = policy_ranks(config), rollout_engines(config), config.vllm_tensor_parallel_size
+    if config.vllm_mode == "colocate" and config.nnodes > 1 and config.nproc_per_node % each:
+        raise ValueError(
+            f"vllm_tensor_parallel_size {each} does not divide nproc_per_node {config.nproc_per_node}: an engine's devices are "
+            "those of policy ranks of one node"
+        )
     if config.vllm_mode == "colocate" and (engines == 0 or engines * each > ranks):
         raise ValueError(
             f"vllm_mode colocate has {ranks} policy ranks to share; "

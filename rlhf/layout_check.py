@@ -25,17 +25,21 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
 
 def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix: str = "") -> None:
     """Whether a model can be split that way. Raises ValueError."""
-    name = f"{prefix}tensor_model_parallel_size {tensor_size}"
-    if shape.num_heads % tensor_size:
-        raise ValueError(f"{name} does not divide the model's {shape.num_heads} attention heads")
-    if shape.num_kv_heads % tensor_size and tensor_size % shape.num_kv_heads:
-        raise ValueError(f"{name} neither divides nor is a multiple of the model's {shape.num_kv_heads} key-value heads")
-    if shape.ffn_size % tensor_size:
-        kind = "shared_expert_intermediate_size" if shape.experts else "intermediate_size"
-        raise ValueError(f"{name} does not divide the model's {kind} {shape.ffn_size}")
+    check_tensor_split(shape, tensor_size, f"{prefix}tensor_model_parallel_size {tensor_size}")
     if shape.num_layers % pipeline_size:
         name = f"{prefix}pipeline_model_parallel_size {pipeline_size}"
         raise ValueError(f"{name} does not divide the model's {shape.num_layers} layers")
+
+
+def check_tensor_split(shape: ModelShape, size: int, name: str) -> None:
+    """Whether each layer can be split over `size` devices, but for its experts; `name`: the option. Raises ValueError."""
+    if shape.num_heads % size:
+        raise ValueError(f"{name} does not divide the model's {shape.num_heads} attention heads")
+    if shape.num_kv_heads % size and size % shape.num_kv_heads:
+        raise ValueError(f"{name} neither divides nor is a multiple of the model's {shape.num_kv_heads} key-value heads")
+    if shape.ffn_size % size:
+        kind = "shared_expert_intermediate_size" if shape.experts else "intermediate_size"
+        raise ValueError(f"{name} does not divide the model's {kind} {shape.ffn_size}")
 
 
 def check_frozen(config: Config, name: str) -> None:

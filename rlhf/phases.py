@@ -26,6 +26,7 @@ ACTIVATIONS = "activations of"
 RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
 ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
 ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
+WORKER_CONTEXT = GIB // 2  # not measured: of an engine's other workers, each, on its first GPU, where they read what is pushed
 OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
 PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
 BUCKET = 256 * 2**20  # its size, or that of a larger tensor
@@ -61,10 +62,11 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
     largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
-    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
+    others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
+    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)} | ({"engine's contexts": others} if others else {})
     if not shares_gpus(config):
         return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
-    asleep = {"sleeping engine": ENGINE_RESIDUE}
+    asleep = {"sleeping engine": ENGINE_RESIDUE + others}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     frozen_away = set(frozen) if config.offload_model else set()
     policy_away = {"policy weights"} if config.offload_model else set()

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf.config import LOSSES, Config
 from rlhf.counts import data_ranks, model_ranks, policy_ranks, samples
 from rlhf.distillation_check import check_distillation
-from rlhf.engine_check import check_rollout
+from rlhf.engine_check import check_rollout, check_teacher_engines
 from rlhf.engine_options import check_engine_options
 from rlhf.expert_checks import expert_notes
 from rlhf.head_check import check_head, check_reward_model
@@ -63,6 +63,8 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
         check_distillation(config, shape)
         if weights and config.seq_kd:  # engines read the teacher, and read safetensors alone
             check_files(Path(config.teacher.model))
+        if config.seq_kd:
+            check_teacher_engines(config, read_shape(Path(config.teacher.model)))
     if samples(config):
         check_rollout(config, shape)
     _check_loss(config)
