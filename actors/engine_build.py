@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,6 +12,7 @@ from actors.weights.checkpoint_names import checkpoint_dtype
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
@@ -20,6 +22,15 @@ def build_engine(config: Any, index: int, load_weights: bool, sleeps: bool) -> L
     from vllm.v1.engine.llm_engine import LLMEngine
 
     return LLMEngine.from_engine_args(_engine_args(config, index, load_weights, sleeps))
+
+
+def lora_request(folders: Sequence[str]) -> LoRARequest | None:
+    """The adapter in the first of `folders`, as a request asks for it; None without one."""
+    if not folders:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name="adapter", lora_int_id=1, lora_path=folders[0])
 
 
 def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> EngineArgs:
@@ -33,6 +44,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "load_format": "auto" if load_weights else "dummy",
         "seed": config.seed + index,
         "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "distributed_executor_backend": "mp" if config.vllm_tensor_parallel_size > 1 else None,
         "max_model_len": config.vllm_max_model_len,
         "max_num_seqs": config.vllm_max_num_seqs,
         "enforce_eager": config.vllm_enforce_eager,

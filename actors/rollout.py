@@ -13,13 +13,13 @@ import asyncio
 import importlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.device_memory import memory_explained, peak_gib
-from actors.engine_build import build_engine
+from actors.device_memory import memory_explained
+from actors.engine_build import build_engine, lora_request
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.sampling import sampling_params
@@ -27,7 +27,8 @@ from actors.step_thread import StepThread, Watch
 from actors.weights.broadcast import leave_group
 from actors.weights.checkpoint_names import checkpoint_tensors
 from actors.weights.ledger import PushError, PushLedger
-from rlhf.records import Bucket, GroupTokens
+from actors.weights.transport import for_workers
+from rlhf.records import Bucket, GroupSummary, GroupTokens
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -46,23 +47,17 @@ ENVIRONMENT = {  # of the engine's process; what the user sets for vLLM's memory
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupSummary:
-    """What the controller reads of a group; the tokens stay in the object store."""
-
-    texts: tuple[str, ...]  # n, without special tokens
-    finish_reasons: tuple[str, ...]  # n: "stop" or "length"
-    response_lengths: tuple[int, ...]  # n, tokens, with the one that ended the response
-
-
 class RolloutEngine:
     """An async Ray actor around one vLLM engine."""
 
-    def __init__(self, config: Any, *, index: int, load_weights: bool = False, sleeps: bool = False):
+    def __init__(self, config: Any, *, index: int, load_weights: bool = False, sleeps: bool = False, gpus: Sequence[str] = ()):
         """`load_weights`: answer for version 0 with the model folder's weights; else the first push brings them.
 
-        `sleeps`: this engine shares its GPUs: it sleeps when it is built, until it is woken.
+        `sleeps`: this engine shares its GPUs: it sleeps when it is built, until it is woken. `gpus`: those to use, when they
+        are not the ones that Ray gave.
         """
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
         self.offered = config
         self.progress = Progress()
@@ -86,9 +81,9 @@ class RolloutEngine:
         self.thread = StepThread(lambda: build_engine(*arguments), self.progress)
         engine = await self.thread.start()
         self.tokenizer = engine.get_tokenizer()
-        self.recorded = all(await self.thread.call(lambda: engine.collective_rpc("record_logprobs")))
+        self.recorded = all(await self.thread.call(lambda: self.thread.workers.call("record_logprobs")))
         self.acknowledged = 0 if self.load_weights else None
-        self.adapter = _adapter(self.config.adapters)
+        self.adapter = lora_request(self.config.adapters)
         if self.sleeps:
             await self.sleep()
         self.built.set()
@@ -128,7 +123,7 @@ class RolloutEngine:
             if self.thread.engine.is_sleeping():
                 with memory_explained(f"waking the engine's {tag}"):
                     self.thread.engine.wake_up([tag])
-            peak_gib()  # from here on that of the next phase
+            self.thread.workers.call("peak_gib")  # from here on that of the next phase
 
         await self.thread.call(wake)
 
@@ -199,7 +194,7 @@ class RolloutEngine:
         def begin() -> None:
             self.ledger.begin(version)
             self._stop(f"version {version} was pushed")
-            self.thread.engine.collective_rpc("begin_weights")
+            self.thread.workers.call("begin_weights")
 
         await self.thread.call(begin)
 
@@ -209,14 +204,15 @@ class RolloutEngine:
 
     async def receive_bucket(self, bucket: Bucket) -> None:
         """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
-        data = await bucket.payload.open()
-        assert data.numel() == bucket.size, (data.numel(), bucket.size)
+        several = bool(self.thread.workers.processes)
+        data, _kept = await for_workers(bucket.payload) if several else (await bucket.payload.open(), None)
+        bare = replace(bucket, payload=None)
 
         def load() -> None:
             with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):
                 try:
                     names = self.ledger.admit(bucket)
-                    self.thread.engine.collective_rpc("load_bucket", args=(bucket, data, names))
+                    self.thread.workers.call("load_bucket", bare, data, names)
                 except Exception:
                     self.ledger.fail()
                     raise
@@ -232,9 +228,8 @@ class RolloutEngine:
         def finish() -> tuple[int, int]:
             with self.progress.doing(f"finishing the push of version {version}"):
                 count = self.ledger.finish(version, names)
-                engine = self.thread.engine
-                engine.collective_rpc("finish_weights", args=(self.ledger.tensors.tied,))
-                if not engine.reset_prefix_cache(reset_running_requests=True):
+                self.thread.workers.call("finish_weights", self.ledger.tensors.tied)
+                if not self.thread.engine.reset_prefix_cache(reset_running_requests=True):
                     raise PushError(f"version {version}: the prefix cache of the old weights could not be reset")
                 self.acknowledged = version
                 return version, count
@@ -242,8 +237,13 @@ class RolloutEngine:
         return await self.thread.call(finish)
 
     async def peak_gib(self) -> float | None:
-        """See `device_memory.peak_gib`."""
-        return await self.thread.call(peak_gib)
+        """See `device_memory.peak_gib`; of the fullest of the engine's devices."""
+
+        def largest() -> float | None:
+            peaks = self.thread.workers.call("peak_gib")
+            return max((gib for gib in peaks if gib is not None), default=None)
+
+        return await self.thread.call(largest)
 
     async def report(self) -> str:
         """What the engine is doing now."""
@@ -276,7 +276,7 @@ class RolloutEngine:
         names = [request_id] if len(output.outputs) == 1 else [f"{sample.index}_{request_id}" for sample in output.outputs]
         start = len(output.prompt_token_ids)
         spans = [(start, start + len(sample.token_ids)) for sample in output.outputs]
-        return self.thread.engine.collective_rpc("recorded_logprobs", args=(names, spans))[0]
+        return self.thread.workers.call("recorded_logprobs", names, spans)[0]
 
     def _group(
         self, prompt_ids: np.ndarray, output: RequestOutput, logprobs: list[np.ndarray] | None
@@ -292,11 +292,3 @@ class RolloutEngine:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         reasons = tuple(sample.finish_reason for sample in output.outputs)
         return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))
-
-
-def _adapter(folders: Sequence[str]) -> LoRARequest | None:
-    if not folders:
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(lora_name="adapter", lora_int_id=1, lora_path=folders[0])

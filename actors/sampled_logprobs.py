@@ -1,4 +1,4 @@
-"""Keeps the logprob of every sampled token on the GPU, mixed into vLLM's worker; called through `collective_rpc`.
+"""Keeps the logprob of every sampled token on the GPU, mixed into vLLM's worker; called by `EngineWorkers`.
 
 vLLM hands out logprobs as Python objects, one for each token of each step, which takes longer than the step itself. Here one
 kernel a step writes them into an array [requests, tokens], and a finished request fetches its row. Places that were not

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from actors.engine_workers import EngineWorkers
 from actors.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class StepThread:
         self.pending: dict[str, Pending] = {}  # by request id
         self.ids = itertools.count()
         self.engine: LLMEngine
+        self.workers: EngineWorkers
 
     @property
     def num_pending(self) -> int:
@@ -100,6 +102,7 @@ class StepThread:
         with self.progress.doing("building the engine"):
             try:
                 self.engine = self.build()
+                self.workers = EngineWorkers(self.engine)
             except Exception as error:  # goes to the caller
                 self._deliver([(built, None, error)])
                 return
@@ -117,6 +120,7 @@ class StepThread:
             try:
                 outputs = self.engine.step()
             except Exception as error:  # goes to the caller
+                self.workers.require_alive()
                 self.abort(error)
                 return
             for output in outputs:
@@ -133,12 +137,14 @@ class StepThread:
         try:
             return done, (output, finish and finish(output)), None
         except Exception as error:  # goes to the caller
+            self.workers.require_alive()
             return done, None, error
 
     def _answer(self, function: Callable[[], Any], done: asyncio.Future) -> None:
         try:
             result, error = function(), None
         except Exception as raised:  # goes to the caller
+            self.workers.require_alive()
             result, error = None, raised
         self._deliver([(done, result, error)])
 

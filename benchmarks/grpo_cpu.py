@@ -77,6 +77,7 @@ def measure(work: Path, turns: int) -> list[dict[str, list[Seconds]]]:
     from rlhf.grpo import train_grpo
     from rlhf.metrics import METRICS, RunLog
     from rlhf.options import load_config
+    from rlhf.roles import build_roles
 
     steps = turns * TURN
     config = load_config(options(work, steps))
@@ -94,7 +95,7 @@ def measure(work: Path, turns: int) -> list[dict[str, list[Seconds]]]:
                 self._since += time.monotonic() - start
 
     with Cluster(config, policy_ranks=RANKS, num_engines=RANKS) as cluster:
-        roles = cluster.build()
+        roles = build_roles(cluster, folder)
         roles.policy.broadcast("schedule", steps)
         floors = Floors(config)
         log = InTurns(folder, config, total_steps=steps, timers=roles.timers())

@@ -8,11 +8,11 @@ from typing import Any
 
 from rlhf.batching import row_shards
 from rlhf.checkpoint import Checkpoints
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import dpo_loss, logprob_sums
 from rlhf.preference_losses import WHOLE_BATCH_LOSS_TYPES, RunningMean
+from rlhf.roles import Roles
 from rlhf.supervised import Update, merged, reference_logprobs, train_on_rows
 
 

@@ -39,7 +39,7 @@ OWNED = frozenset(
 OWNED_OF_VLLM = frozenset(
     """
     model load_format tensor_parallel_size logprobs_mode worker_extension_cls enable_sleep_mode speculative_config
-    gpu_memory_utilization
+    gpu_memory_utilization distributed_executor_backend pipeline_parallel_size data_parallel_size
     """.split()
 )
 

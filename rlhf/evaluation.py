@@ -16,6 +16,7 @@ from rich.table import Table
 from rlhf.cluster import Cluster
 from rlhf.records import Group, Score
 from rlhf.results import RowFile, progress, response_row
+from rlhf.roles import build_inference
 
 Scored = Sequence[tuple[Group, Score]]
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completion_length", "num_generations", "seed", "system")
@@ -24,7 +25,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completi
 def evaluate(cluster: Cluster, results: Path) -> None:
     """Generate, score, print the table; `results` gets the numbers, the .jsonl beside it a row a response."""
     config = cluster.config
-    roles = cluster.build_inference()
+    roles = build_inference(cluster)
     roles.scorer.wait_until_ready()
     prompts = roles.data.next_batch(roles.data.num_rows)
     groups = roles.rollout.generate(prompts, n=config.num_generations)

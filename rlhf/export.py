@@ -56,13 +56,15 @@ def export(config: Config) -> int:
 
 def convert(cluster: Cluster) -> int:
     """The conversion that the config asks for; the exit status."""
+    from rlhf.roles import build_exporter, build_hugging_face
+
     config = cluster.config
     asked, output = conversion(config), config.output_dir
     if asked != "compare":
         _clear(Path(output))
     if asked == "merge_lora":
-        return _merge(cluster.hugging_face(), config)
-    ranks = cluster.exporter()
+        return _merge(build_hugging_face(cluster), config)
+    ranks = build_exporter(cluster)
     if asked != "compare":
         ranks.broadcast("save_megatron" if asked == "to_mcore" else "save_hugging_face", output)
         print(f"wrote {output}")
@@ -71,7 +73,7 @@ def convert(cluster: Cluster) -> int:
     if asked == "to_mcore":
         ranks.broadcast("read_megatron", output)
     ranks.broadcast("compute_in", config.test_convert_dtype)
-    transformers = cluster.hugging_face()
+    transformers = build_hugging_face(cluster)
     transformers.broadcast("load", output if asked == "to_hf" else config.model)
     transformers.broadcast("compute_in", config.test_convert_dtype)
     token_ids, length = transformers.broadcast("example")[0]

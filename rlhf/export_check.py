@@ -10,10 +10,11 @@ from typing import Any, Literal
 from rlhf.config import Config
 from rlhf.engine_options import check_engine_options
 from rlhf.heads import converted_head
+from rlhf.layout_check import check_layout
 from rlhf.megatron_folder import MEGATRON, adapter_of, check_described, find_megatron, holds_megatron
 from rlhf.model_folder import check_files, local_model, read_shape
+from rlhf.output_check import check_writable
 from rlhf.resolution import lasting_folder, trainable_dtype
-from rlhf.validation import check_layout, check_writable
 
 Conversion = Literal["to_mcore", "to_hf", "merge_lora", "compare"]
 SUFFIXES = {"to_mcore": "mcore", "to_hf": "hf", "merge_lora": "merged"}  # of output_dir when it is not given

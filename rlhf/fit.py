@@ -1,7 +1,7 @@
 """Fits a run to its GPUs before it starts: the options that memory decides, and the refusal of what cannot fit.
 
 Where engines share the policy's GPUs, an engine gets what the policy leaves while it generates. Numbers are those of
-`rlhf.memory`: predictions.
+`rlhf.memory` and `rlhf.phases`: predictions.
 """
 
 from __future__ import annotations
@@ -13,22 +13,11 @@ from typing import Any
 
 from rlhf.config import Config
 from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
-from rlhf.memory import (
-    ACTIVATIONS,
-    ENGINE_RESIDUE,
-    ENGINE_WORK,
-    GIB,
-    engine_memory,
-    holdings,
-    longest_sequence,
-    offloaded,
-    phases,
-    responses_at_a_time,
-    sequence_cache,
-    shares_gpus,
-)
+from rlhf.engine_check import check_width
+from rlhf.layout_check import check_layout
+from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
 from rlhf.model_folder import ModelShape
-from rlhf.validation import check_layout
+from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
 
 MARGIN = 2  # per cent of a GPU that nobody is given
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say
@@ -112,9 +101,7 @@ def warning(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, 
     return f"when rows are as long as max_length allows, {problem}; then {_advice(config, *room, longest=True)}"
 
 
-def refusal(
-    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None
-) -> str | None:
+def refusal(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> str | None:
     """Why the run cannot fit, and what to change, in one line; None when it fits or there are no GPUs."""
     if gpu_memory is None:
         return None
@@ -178,9 +165,7 @@ def _problem(
     return (texts[0] if texts else None), lacking
 
 
-def _advice(
-    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False
-) -> str:
+def _advice(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False) -> str:
     """The changes of one kind that make the run fit; without one, those that bring it nearer."""
     _, lacking = _problem(config, shape, frozen_shape, gpu_memory, longest=longest)
     enough, nearer = [], []
@@ -217,6 +202,7 @@ def _changes(
         yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
     yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
     yield _more_tensor_ranks(config, shape)
+    yield _wider_engines(config, shape)
     yield _more_expert_ranks(config, shape)
     if not config.use_distributed_optimizer and data_ranks(config) > 1:
         yield [{"use_distributed_optimizer": True}]
@@ -255,6 +241,22 @@ def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
             change = {"tensor_model_parallel_size": tensor}
             if policy_ranks(config) % ranks:
                 change |= {"nproc_per_node": -(-ranks // config.nnodes)}
+            changes.append(change)
+    return changes
+
+
+def _wider_engines(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
+    """Engines on 2, 4 and 8 devices where that divides the model, and the policy's ranks of a node if they share those."""
+    changes = []
+    for width in (2, 4, 8):
+        change = {"vllm_tensor_parallel_size": width}
+        if not samples(config) or shares_gpus(config) and config.nproc_per_node % width:
+            continue
+        try:
+            check_width(replace(config, **change), shape)
+        except ValueError:
+            continue
+        if width > config.vllm_tensor_parallel_size:
             changes.append(change)
     return changes
 

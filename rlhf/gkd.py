@@ -13,12 +13,12 @@ import numpy as np
 import ray
 
 from rlhf.batching import response_shards, row_shards
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import gkd_loss
 from rlhf.model_folder import excess_ids, read_shape
 from rlhf.records import Group, Score, Shard
+from rlhf.roles import Roles
 from rlhf.supervised import InParts, Update, train_on_rows
 
 UNSCORED = Score(rewards=(None,), by_function={})

@@ -14,12 +14,12 @@ from actors.group import RankGroup
 from rlhf.advantages import group_advantages, has_signal
 from rlhf.batching import group_shards
 from rlhf.checkpoint import Checkpoints
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.group_metrics import group_metrics
 from rlhf.losses import grpo_loss
 from rlhf.metrics import RunLog
 from rlhf.records import Group, Score
+from rlhf.roles import Roles
 
 Scored = list[tuple[Group, Score]]
 

@@ -10,10 +10,11 @@ from typing import Any, TextIO
 
 import ray
 
-from rlhf.cluster import Cluster, InferenceRoles
+from rlhf.cluster import Cluster
 from rlhf.config import Config
 from rlhf.records import Prompt
 from rlhf.results import RowFile, progress, response_row
+from rlhf.roles import InferenceRoles, build_inference
 
 EXIT, CLEAR = ("exit", "quit"), "clear"
 
@@ -24,7 +25,7 @@ def infer(cluster: Cluster, results: Path | None) -> None:
     interactive = not config.dataset and sys.stdin.isatty()
     if interactive:
         print(f"loading {config.model}")
-    roles = cluster.build_inference()
+    roles = build_inference(cluster)
     with RowFile(results) if results else nullcontext() as file:
         if config.dataset:
             answer_rows(config, roles, file)

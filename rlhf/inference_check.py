@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import INFER, Config
+from rlhf.engine_check import check_engines
 from rlhf.engine_options import check_engine_options
 from rlhf.head_check import check_head
 from rlhf.model_folder import check_files, read_shape
-from rlhf.validation import check_engines, check_output, check_rewards
+from rlhf.output_check import check_output
+from rlhf.reward_check import check_rewards
 
 RESULTS = {"infer": ".jsonl", "eval": ".json"}
 

@@ -7,10 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from rlhf.batching import row_shards
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import kto_loss, logprob_sums
+from rlhf.roles import Roles
 from rlhf.supervised import Update, merged, reference_logprobs, train_on_rows
 
 

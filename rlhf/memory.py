@@ -1,11 +1,7 @@
-"""What a rank, an engine and a shared GPU hold, in bytes: an estimate made from config.json alone.
+"""What a rank and an engine hold, in bytes: an estimate made from config.json alone.
 
 Weights, gradients, optimizer state and KV cache are counted; activations are estimated from the tensors that the
-backward pass keeps in Megatron's Transformer Engine layers. A process of its own has a context besides: constants below.
-
-On GPUs policy, reference and engine take turns. A step has three phases: "train" (logprobs and updates; the engine sleeps),
-"push" (weights of policy and engine side by side, no gradients, no KV cache) and "generate" (the engine has its share of the
-GPU, the policy what it does not offload).
+backward pass keeps in Megatron's Transformer Engine layers. `rlhf.phases` adds up what shares a GPU, and each process's context.
 """
 
 from __future__ import annotations
@@ -14,22 +10,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rlhf.config import Config, reads_prompts
-from rlhf.counts import data_ranks, expert_copies, frozen_group, policy_ranks, rollout_engines, row_sequences, samples
+from rlhf.counts import data_ranks, expert_copies, frozen_group, rollout_engines, row_sequences, samples
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 
 GIB = 2**30
 MLP_VALUES = 3  # numbers kept for each of its inner features, fused: both halves of the first layer, and their product
-ACTIVATIONS = "activations of"
 BYTES = {"float32": 4, "bfloat16": 2}
-# Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.
-RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
-ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
-ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
-OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
-PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
 DIVERGENCE = 256 * 5 * 4  # bytes a column of the logits: a divergence is made of 256 tokens at a time, in some 5 float32 tensors
-BUCKET = 256 * 2**20  # its size, or that of a larger tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +51,14 @@ def policy_memory(config: Config, shape: ModelShape) -> Memory:
 
 def optimizer_bytes(config: Config, shape: ModelShape) -> int:
     """The optimizer's state of the fullest rank, wherever it is kept; split over the copies of what it is of."""
-    each = _state_bytes(config)
+    each = optimizer_state_bytes(config)
     trained, trained_experts = _trained_parameters(config, shape)
     if not config.use_distributed_optimizer:
         return (trained + trained_experts) * each
     return trained * each // data_ranks(config) + trained_experts * each // expert_copies(config)
 
 
-def _state_bytes(config: Config) -> int:
+def optimizer_state_bytes(config: Config) -> int:
     """Of one trained parameter: two moments, and a master weight where the weights are bfloat16."""
     return 8 if BYTES[config.torch_dtype] == 4 else 12
 
@@ -243,11 +231,6 @@ def _columns(shape: ModelShape, tensor_size: int) -> int:
     return -(-shape.vocab_size // tensor_size)
 
 
-def shares_gpus(config: Config) -> bool:
-    """Whether the engines of a run on GPUs use the policy's by turns."""
-    return samples(config) and config.vllm_mode == "colocate"
-
-
 def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
     """The policy's, and the frozen reference's or teacher's (None without one), of a config whose models are local folders."""
     shape, name = read_shape(Path(config.model)), frozen_group(config)
@@ -262,71 +245,3 @@ def shapes(config: Config) -> tuple[ModelShape, ModelShape | None]:
 def _without_output(shape: ModelShape) -> ModelShape:
     """Of a model without an output matrix; a head of scores is too small to count."""
     return replace(shape, tied_embeddings=True)
-
-
-def phases(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
-    """Predicted peak of each phase on the fullest GPU, in bytes: of a config that `rlhf.fit` has completed."""
-    return {phase: sum(held.values()) for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items()}
-
-
-def holdings(
-    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
-) -> dict[str, dict[str, int]]:
-    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
-
-    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
-    there is "train" alone.
-    """
-    policy = policy_memory(config, shape)
-    beside = {f"{frozen_group(config)} weights": frozen_memory(config, frozen_shape) if frozen_shape else None}
-    beside["reward model weights"] = reward_model_memory(config)
-    frozen = {name: memory for name, memory in beside.items() if memory is not None}
-    ranks = {
-        "contexts": RANK_CONTEXT * (1 + len(frozen)),
-        "policy weights": policy.weights,
-        "optimizer state": policy.optimizer,
-    }
-    ranks |= {name: memory.weights for name, memory in frozen.items()}
-    gradients = {"gradients": policy.gradients}
-    work = max(memory.activations for memory in (policy, *frozen.values()))
-    activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
-    train = ranks | gradients | activations
-    if not samples(config):
-        return {"train": train}
-    widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
-    largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
-    buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
-    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)}
-    if not shares_gpus(config):
-        return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
-    asleep = {"sleeping engine": ENGINE_RESIDUE}
-    optimizer = {"optimizer state"} if config.offload_optimizer else set()
-    frozen_away = set(frozen) if config.offload_model else set()
-    policy_away = {"policy weights"} if config.offload_model else set()
-    loaded = {"engine weights": engine_memory(config, shape).weights}
-    return {
-        "train": train | asleep,
-        "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
-        "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,
-    }
-
-
-def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> int:
-    """Bytes of one node's host memory that what is offloaded takes, of a completed config.
-
-    What optimizer_cpu_offload keeps there has its weight and gradient there too, in float32.
-    """
-    policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
-    size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
-    if config.optimizer_cpu_offload:
-        there = optimizer_bytes(config, shape) - policy.optimizer
-        size += there // _state_bytes(config) * OFFLOADED_STATE
-    if frozen_shape and config.offload_model:
-        size += frozen_memory(config, frozen_shape).weights
-    if config.reward_model is not None and config.offload_model:
-        size += reward_model_memory(config).weights
-    return ranks * size
-
-
-def _without(held: dict[str, int], names: set[str]) -> dict[str, int]:
-    return {name: size for name, size in held.items() if name not in names}

@@ -10,6 +10,7 @@ import ray
 
 from rlhf.cluster import Cluster
 from rlhf.config import Config
+from rlhf.engines import build_engines
 from rlhf.named_engines import is_taken
 from rlhf.ray_start import LOCAL, announced, within
 
@@ -22,7 +23,7 @@ def offer(cluster: Cluster) -> None:
     config = cluster.config
     address = ray.get_runtime_context().gcs_address
     try:
-        engines = cluster.build_engines()
+        engines = build_engines(cluster)
         engines.setup()
         with announced(config.rollout_name, address) if cluster.address == LOCAL else nullcontext():
             print(ready(config, address, own_ray=cluster.address == LOCAL), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rlhf.counts import (
     expert_copies,
     frozen_group,
     model_ranks,
+    own_places,
     policy_ranks,
     rollout_engines,
     samples,
@@ -25,8 +27,6 @@ from rlhf.memory import (
     frozen_memory,
     longest_sequence,
     micro_batch_tokens,
-    offloaded,
-    phases,
     policy_memory,
     responses_at_a_time,
     reward_model_memory,
@@ -34,6 +34,7 @@ from rlhf.memory import (
     stored_logits,
 )
 from rlhf.model_folder import ModelShape, read_shape
+from rlhf.phases import offloaded, phases
 from rlhf.without_gpus import refusal_without_gpus
 
 
@@ -44,6 +45,7 @@ class Role:
     name: str
     count: int
     place: str
+    devices: int = 1  # of each: as many processes, of an engine's workers
     memory: Memory | None = None  # of one process
 
 
@@ -83,7 +85,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
     if devices.gpus:
         peaks = phases(completed, *room)
     else:
-        peaks = {"node": sum(role.count * role.memory.total for role in roles if role.memory) // config.nnodes}
+        peaks = {"node": sum(role.count * role.devices * role.memory.total for role in roles if role.memory) // config.nnodes}
     known = config.num_train_epochs is None or (dataset_rows is not None and not config.packing)
     return Plan(
         parameters=shape.num_parameters(),
@@ -119,8 +121,9 @@ def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -
         return [*roles, Role(name="data", count=1, place="driver's node")]
     engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
     shared = config.vllm_mode == "colocate"
-    place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines * width)}"
-    roles.append(Role(name="rollout", count=engines, place=place, memory=engine_memory(config, shape)))
+    place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines)}"
+    place += f", each on {width} devices" if width > 1 else ""
+    roles.append(Role(name="rollout", count=engines, place=place, devices=width, memory=engine_memory(config, shape)))
     if config.task == "grpo":
         roles.append(Role(name="reward", count=config.reward_workers, place="any node"))
     return [*roles, Role(name="data", count=1, place="driver's node")]
@@ -204,17 +207,15 @@ def _distillation_lines(config: Config) -> list[str]:
 
 
 def _place_lines(config: Config, made: Plan) -> list[str]:
-    kind = "1 GPU" if made.devices.gpus else f"{config.cpus_per_rank:g} CPU"
     lines = [f"{role.name:<12} {role.count} x  {role.place}" for role in made.roles]
+    kind, each = ("GPU", 1) if made.devices.gpus else ("CPU", config.cpus_per_rank)
     have = made.devices.gpus or made.devices.cores
-    ranks = policy_ranks(config)
-    own = rollout_engines(config) * config.vllm_tensor_parallel_size if config.vllm_mode == "server" else 0
-    count = ranks + (own if samples(config) else 0)
-    wanted = count * (1 if made.devices.gpus else config.cpus_per_rank)
-    lines.append(
-        f"{count} bundles of {kind}" + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")
-    )
-    return lines
+    bundles = Counter({1: policy_ranks(config)})  # by size in places
+    if own_places(config):
+        bundles[config.vllm_tensor_parallel_size] += rollout_engines(config)
+    wanted = sum(count * size * each for size, count in bundles.items())
+    text = " and ".join(f"{count} bundle{'s' * (count > 1)} of {size * each:g} {kind}" for size, count in bundles.items())
+    return [*lines, text + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")]
 
 
 def _memory_lines(config: Config, made: Plan) -> list[str]:

@@ -47,6 +47,15 @@ class GroupTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """What the controller reads of a group; the tokens stay in the object store."""
+
+    texts: tuple[str, ...]  # n, without special tokens
+    finish_reasons: tuple[str, ...]  # n: "stop" or "length"
+    response_lengths: tuple[int, ...]  # n, tokens, with the one that ended the response
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowTokens:
     """Encoded rows of a supervised dataset."""
 

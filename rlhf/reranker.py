@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from rlhf.batching import row_shards
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.head_losses import reranker_loss
+from rlhf.roles import Roles
 from rlhf.supervised import Update, train_on_rows
 from rlhf.variables import variable
 

@@ -17,13 +17,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.group import RankFailure
 from rlhf.generation import Generation
-from rlhf.records import Group, Prompt, PushReport
+from rlhf.records import Group, GroupSummary, Prompt, PushReport
 
 if TYPE_CHECKING:
     import numpy as np
 
     from actors.group import ActorGroup
-    from actors.rollout import GroupSummary
     from rlhf.config import Config
 
 MAX_DEATHS = 3  # of engines, without one completed group or push in between
@@ -104,9 +103,7 @@ class RolloutEngines:
             self.away.remove(ranks)
         self.seconds["switch"] += time.monotonic() - start
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None
-    ) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], *, n: int, sampling: Mapping[str, Any] | None = None) -> Iterator[Group]:
         """n responses to every prompt with the current weights; a group comes out when it is complete.
 
         `sampling` overrides the config's temperature, top_p, top_k, repetition_penalty, max_completion_length and
@@ -200,9 +197,7 @@ class RolloutEngines:
         for index in indices:
             shares[self.sender_of(index)][index] = self.engines[index]
         try:
-            reports = self.policy.scatter(
-                "push_weights", shares, self.version, timeout=self.config.push_timeout + PUSH_GRACE
-            )
+            reports = self.policy.scatter("push_weights", shares, self.version, timeout=self.config.push_timeout + PUSH_GRACE)
         except (RayTaskError, RayActorError) as error:
             dead = [index for index in range(len(self.engines)) if self._is_dead(index)]
             if not dead:

@@ -116,6 +116,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
     from rlhf.metrics import RunLog
     from rlhf.reranker import train_reranker
     from rlhf.reward_model import train_reward_model
+    from rlhf.roles import build_roles
     from rlhf.sft import train_sft
 
     loops = {
@@ -131,7 +132,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         "reranker": train_reranker,
         "generative_reranker": train_reranker,
     }
-    config, roles = cluster.config, cluster.build(folder)
+    config, roles = cluster.config, build_roles(cluster, folder)
     total = total_steps(config, roles.data.num_rows)
     roles.policy.broadcast("schedule", total)
     if roles.scorer is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.batching import row_shards
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.losses import sft_loss
+from rlhf.roles import Roles
 from rlhf.supervised import Update, train_on_rows
 
 

@@ -10,12 +10,12 @@ import ray
 
 from rlhf.batching import row_shards
 from rlhf.checkpoint import Checkpoints
-from rlhf.cluster import Roles
 from rlhf.config import Config
 from rlhf.counts import compares
 from rlhf.data import RowBatch
 from rlhf.metrics import RunLog
 from rlhf.records import Group, Score, Shard
+from rlhf.roles import Roles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,7 +283,10 @@ def test_help_lists_the_options_of_a_task_with_their_defaults():
     ("modules", "heavy"),
     [
         ("rlhf.options, rlhf.plan, rlhf.check", {"torch", "ray", "vllm", "megatron", "swift", "transformers", "datasets"}),
-        ("rlhf.run, rlhf.cluster, rlhf.grpo, rlhf.sft, rlhf.metrics", {"torch", "vllm", "megatron", "swift", "transformers"}),
+        (
+            "rlhf.run, rlhf.cluster, rlhf.roles, rlhf.grpo, rlhf.sft, rlhf.metrics",
+            {"torch", "vllm", "megatron", "swift", "transformers"},
+        ),
     ],
     ids=["reading a command", "the controller"],
 )

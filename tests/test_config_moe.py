@@ -12,9 +12,10 @@ import pytest
 import rlhf.run
 from rlhf.config import Config
 from rlhf.devices import Devices
-from rlhf.memory import offloaded, policy_memory
+from rlhf.memory import policy_memory
 from rlhf.model_folder import read_shape
 from rlhf.options import load_config
+from rlhf.phases import offloaded
 from rlhf.plan import plan, render
 from rlhf.resolution import resolve
 from rlhf.run import refuse_what_cannot_fit

@@ -12,9 +12,10 @@ from rlhf.counts import frozen_group, rollout_engines, samples
 from rlhf.devices import Devices
 from rlhf.fit import fit
 from rlhf.gkd import is_on_policy
-from rlhf.memory import phases, shapes
+from rlhf.memory import shapes
 from rlhf.model_folder import read_shape
 from rlhf.options import load_config, parse
+from rlhf.phases import phases
 from rlhf.plan import plan, render
 from rlhf.resolution import resolve
 from tests.model_json import QWEN25_7B, write_model

@@ -8,8 +8,9 @@ import pytest
 
 from rlhf.config import Config
 from rlhf.heads import head_of
-from rlhf.memory import GIB, RANK_CONTEXT, holdings, policy_memory, reward_model_memory, shapes
+from rlhf.memory import GIB, policy_memory, reward_model_memory, shapes
 from rlhf.options import load_config
+from rlhf.phases import RANK_CONTEXT, holdings
 from rlhf.plan import plan, render
 from rlhf.resolution import resolve
 from tests.model_json import QWEN25_7B, TINY, write_model

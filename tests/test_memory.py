@@ -10,8 +10,9 @@ import rlhf.run
 from rlhf.config import Config
 from rlhf.devices import Devices
 from rlhf.fit import complete, fit, note, refusal, warning
-from rlhf.memory import phases, shapes
+from rlhf.memory import shapes
 from rlhf.model_folder import read_shape
+from rlhf.phases import phases
 from rlhf.resolution import resolve
 from rlhf.run import refuse_what_cannot_fit
 from tests.model_json import QWEN25_7B, write_model

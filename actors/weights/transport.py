@@ -91,12 +91,9 @@ class CudaIpc:
         return Connecting()
 
     def send(self, data: torch.Tensor) -> MappedBytes:
-        from torch.multiprocessing.reductions import reduce_tensor
-
         copy = data.clone()
         self.held[copy.data_ptr()] = copy
-        rebuild, arguments = reduce_tensor(copy)
-        return MappedBytes(key=copy.data_ptr(), rebuild=rebuild, arguments=arguments)
+        return MappedBytes.of(copy)
 
     def release(self, payload: MappedBytes) -> None:
         del self.held[payload.key]
@@ -107,11 +104,32 @@ class CudaIpc:
 
 @dataclass(frozen=True, kw_only=True)
 class MappedBytes:
-    """A handle to memory of this GPU."""
+    """A handle to memory of a GPU. The process that has it keeps it until all others are done."""
 
     key: int
     rebuild: Any  # torch's function that maps the memory
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # for it; the GPU by its number, which is the same for sender and receiver
+
+    @classmethod
+    def of(cls, data: torch.Tensor) -> MappedBytes:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        rebuild, arguments = reduce_tensor(data)
+        return cls(key=data.data_ptr(), rebuild=rebuild, arguments=arguments)
 
     async def open(self) -> torch.Tensor:
+        return self.map()
+
+    def map(self) -> torch.Tensor:
         return self.rebuild(*self.arguments)
+
+
+async def for_workers(payload: Payload) -> tuple[torch.Tensor | MappedBytes, torch.Tensor | None]:
+    """The bytes as an argument for an engine's worker processes, and what is to be kept until they are done.
+
+    On a GPU each of them maps the memory, of its rank or of what this process received. Other memory vLLM copies to them.
+    """
+    if isinstance(payload, MappedBytes):
+        return payload, None
+    data = await payload.open()
+    return (MappedBytes.of(data), data) if data.is_cuda else (data, None)

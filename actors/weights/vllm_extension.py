@@ -1,4 +1,4 @@
-"""What we add to a vLLM worker, mixed into it by `worker_extension_cls`; called through `collective_rpc`.
+"""What we add to a vLLM worker, mixed into it by `worker_extension_cls`; called by `EngineWorkers`.
 
 On a GPU tensors are copied into the parameters that are in use. On a CPU, whose kernels want them repacked, vLLM's layerwise
 reload keeps a reference to each tensor until its (fused) layer is complete. Tensors are therefore views of their own bucket's
@@ -7,21 +7,40 @@ memory, which lives as long as one of them does.
 
 from __future__ import annotations
 
+import ctypes
+import signal
+from typing import Any
+
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.device_memory import peak_gib
 from actors.sampled_logprobs import LogprobRecorder
 from actors.weights.checksum import checksum
 from actors.weights.ledger import PushError
+from actors.weights.transport import MappedBytes
 from rlhf.records import Bucket
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 class WorkerExtension(LogprobRecorder):
     """Methods of vLLM's worker: begin_weights, load_bucket for each bucket, finish_weights."""
 
     _loading = False
+
+    def answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """What a method below gives, or the exception that it raised."""
+        try:
+            return getattr(self, method)(*arguments)
+        except Exception as error:  # goes to the caller
+            return error
+
+    def end_with_engine(self) -> None:
+        """Be killed when the process that started this one is gone, whatever this one is doing."""
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def begin_weights(self) -> None:
         """Open the model's layers for loading; an unfinished push before it is closed first."""
@@ -34,8 +53,13 @@ class WorkerExtension(LogprobRecorder):
                 initialize_layerwise_reload(self.model_runner.model)
         self._loading = True
 
-    def load_bucket(self, bucket: Bucket, data: torch.Tensor, names: list[str]) -> None:
-        """Load `names` of a bucket from its bytes, uint8 [size], after they gave the sender's checksum."""
+    def load_bucket(self, bucket: Bucket, source: torch.Tensor | MappedBytes, names: list[str]) -> None:
+        """Load `names` of a bucket from its bytes, uint8 [size], after they gave the sender's checksum.
+
+        Every worker reads all bytes, on its own device, and keeps its part of each tensor.
+        """
+        data = (source.map() if isinstance(source, MappedBytes) else source).to(self.device)
+        assert data.numel() == bucket.size, (data.numel(), bucket.size)
         found = checksum(data)
         if found != bucket.checksum:
             raise PushError(
@@ -49,6 +73,10 @@ class WorkerExtension(LogprobRecorder):
             self.model_runner.model.load_weights(weights)
         if data.is_cuda:
             torch.cuda.current_stream().synchronize()  # the sender may reuse this memory when we answer
+
+    def peak_gib(self) -> float | None:
+        """See `device_memory.peak_gib`."""
+        return peak_gib()
 
     def finish_weights(self, tied: bool) -> None:
         """Put the loaded layers in place; `tied`: the output layer is the embedding, and was not sent."""

@@ -13,6 +13,7 @@ from rlhf.batching import group_shards
 from rlhf.cluster import Cluster
 from rlhf.grpo import grpo_loss_of
 from rlhf.options import load_config
+from rlhf.roles import build_roles
 from rlhf.rollout import RolloutEngines
 
 
@@ -26,7 +27,7 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
     words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", lr=1e-3, lr_decay_style="constant")
     config = load_config(list(map(str, words)))
     with Cluster(config, policy_ranks=1, num_engines=1) as cluster:
-        config, roles = cluster.config, cluster.build()
+        config, roles = cluster.config, build_roles(cluster, tmp_path)
         policy, rollout = roles.policy, roles.rollout
         policy.broadcast("schedule", 10)
         rollout.push(policy)

@@ -1,0 +1,67 @@
+"""What can be wrong with rollout engines: their options, and what a policy that is trained on their responses asks of them."""
+
+from __future__ import annotations
+
+from rlhf.config import Config
+from rlhf.counts import policy_ranks, rollout_engines
+from rlhf.layout_check import check_tensor_split
+from rlhf.model_folder import ModelShape
+
+
+def check_engines(config: Config, shape: ModelShape) -> None:
+    """What every task with engines needs. Raises ValueError."""
+    if config.truncation_strategy == "right":
+        raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
+    if config.top_k == 0:
+        raise ValueError("top_k 0 leaves no token: use -1 for all")
+    check_width(config, shape)
+    limit = config.vllm_max_model_len
+    if limit and shape.max_length and limit > shape.max_length:
+        raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
+
+
+def check_teacher_engines(config: Config, shape: ModelShape) -> None:
+    """Those that answer by the teacher, whose `shape` it is, on the policy's places (seq_kd). Raises ValueError."""
+    check_width(config, shape, "the teacher: ")
+    width, ranks = config.vllm_tensor_parallel_size, policy_ranks(config)
+    if width > ranks:
+        raise ValueError(
+            f"vllm_tensor_parallel_size {width} is more than the {ranks} policy ranks on whose places the teacher answers"
+        )
+
+
+def check_width(config: Config, shape: ModelShape, prefix: str = "") -> None:
+    """Whether a model can be split over an engine's devices. Raises ValueError."""
+    width = config.vllm_tensor_parallel_size
+    name = f"{prefix}vllm_tensor_parallel_size {width}"
+    check_tensor_split(shape, width, name)
+    if shape.experts and shape.experts.ffn_size % width and not config.vllm.get("enable_expert_parallel"):
+        raise ValueError(f"{name} does not divide the model's moe_intermediate_size {shape.experts.ffn_size}")
+
+
+def check_rollout(config: Config, shape: ModelShape) -> None:
+    """The engines of a policy that learns from its own responses. Raises ValueError."""
+    check_engines(config, shape)
+    if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
+        raise ValueError("offload_model and offload_optimizer are for vllm_mode colocate: in server mode no GPU is shared")
+    limit = config.vllm_max_model_len or shape.max_length
+    if limit and config.max_length and config.max_length >= limit:
+        raise ValueError(
+            f"a prompt of max_length {config.max_length} leaves an engine no room to answer: it holds {limit} tokens; lower "
+            "max_length or raise vllm_max_model_len"
+        )
+    if limit and config.max_completion_length >= limit:
+        name = "the model's limit" if limit == shape.max_length else "vllm_max_model_len"
+        given = f"max_completion_length {config.max_completion_length}"
+        raise ValueError(f"{given} leaves no room for a prompt: {name} is {limit} tokens")
+    ranks, engines, each = policy_ranks(config), rollout_engines(config), config.vllm_tensor_parallel_size
+    if config.vllm_mode == "colocate" and config.nnodes > 1 and config.nproc_per_node % each:
+        raise ValueError(
+            f"vllm_tensor_parallel_size {each} does not divide nproc_per_node {config.nproc_per_node}: an engine's devices are "
+            "those of policy ranks of one node"
+        )
+    if config.vllm_mode == "colocate" and (engines == 0 or engines * each > ranks):
+        raise ValueError(
+            f"vllm_mode colocate has {ranks} policy ranks to share; "
+            f"{max(engines, 1)} engines x vllm_tensor_parallel_size {each} need {max(engines, 1) * each}"
+        )

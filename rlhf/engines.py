@@ -1,0 +1,93 @@
+"""Starts a run's rollout engines: on the policy's places (colocate), on their own (server); or takes those of an offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.group import RankGroup
+from actors.rollout import ENVIRONMENT, RolloutEngine
+from rlhf.config import INFER, Config
+from rlhf.counts import own_places
+from rlhf.named_engines import NAMESPACE, engine_name
+from rlhf.rollout import RolloutEngines
+
+if TYPE_CHECKING:
+    from rlhf.cluster import Cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where an engine's actor is started; its workers are processes of the same node."""
+
+    options: dict[str, Any]  # Ray's
+    gpus: tuple[str, ...] = ()  # those of several places, of which Ray shows the actor the first alone
+
+
+def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutEngines:
+    """The engines, whose `setup` waits for them.
+
+    Where they share GPUs with `ranks`, the rank on an engine's first GPU pushes to it.
+    """
+    config, count = cluster.config, cluster.num_engines
+    if cluster.named is not None:
+        return RolloutEngines(cluster.named, num_engines=count, config=config, start=lambda engine: engine.serve.remote(config))
+    if own_places(config):
+        seats = [Seat(options=cluster.on_place(cluster.policy_ranks + index, share=1)) for index in range(count)]
+    else:
+        seats = policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+    spawn = partial(_start_engine, cluster, seats)
+    if not cluster.shares_gpus:
+        return RolloutEngines(spawn, num_engines=count, config=config)
+    rollout = RolloutEngines(
+        spawn,
+        num_engines=count,
+        config=config,
+        sender_of=lambda index: index * config.vllm_tensor_parallel_size,
+        neighbours=ranks,
+    )
+    for group in ranks:
+        group.before_work = partial(rollout.make_room, group)
+    return rollout
+
+
+def build_teacher_engines(cluster: Cluster, config: Config) -> RolloutEngines:
+    """Engines with the weights of `config`'s model folder, on the places of ranks that do not use them yet."""
+    count = cluster.policy_ranks // config.vllm_tensor_parallel_size
+    seats = policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+
+    def start(index: int) -> Any:
+        return _create(cluster, seats[index], index, config=config, load_weights=True)
+
+    return RolloutEngines(start, num_engines=count, config=config)
+
+
+def policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:
+    """Seats on `width` policy places each, one after another. ValueError when an engine would be on several nodes."""
+    firsts = range(0, count * width, width)
+    for first in firsts:
+        nodes = {cluster.nodes[bundle] for bundle in cluster.bundles[first : first + width]}
+        if len(nodes) > 1:
+            raise ValueError(
+                f"an engine of vllm_tensor_parallel_size {width} must be on one node, and Ray gave the policy ranks {first} to "
+                f"{first + width - 1} places on {len(nodes)}: let vllm_tensor_parallel_size divide the GPUs that a node gives"
+            )
+    gpus = cluster.gpus(count * width) if width > 1 and cluster.has_gpus else []
+    return [Seat(options=cluster.on_place(first), gpus=tuple(gpus[first : first + width])) for first in firsts]
+
+
+def _start_engine(cluster: Cluster, seats: Sequence[Seat], index: int) -> Any:
+    config = cluster.config
+    name = {"name": engine_name(config.rollout_name, index), "namespace": NAMESPACE} if config.task == "rollout" else {}
+    arguments = {"load_weights": config.task in INFER, "sleeps": cluster.shares_gpus}
+    return _create(cluster, seats[index], index, name=name, **arguments)
+
+
+def _create(cluster: Cluster, seat: Seat, index: int, *, name: dict[str, str] | None = None, **arguments: Any) -> Any:
+    kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+    options = seat.options | (name or {})
+    return cluster.create(kind, options, env=ENVIRONMENT, index=index, gpus=seat.gpus, **arguments)

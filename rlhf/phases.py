@@ -1,0 +1,104 @@
+"""What a GPU holds while policy, frozen models and engines take turns on it: a prediction made of `rlhf.memory`'s sizes.
+
+A step has three phases: "train" (logprobs and updates; the engine sleeps), "push" (weights of policy and engine side by side, no
+gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload).
+"""
+
+from __future__ import annotations
+
+from rlhf.config import Config
+from rlhf.counts import frozen_group, policy_ranks, samples
+from rlhf.memory import (
+    BYTES,
+    GIB,
+    engine_memory,
+    frozen_memory,
+    micro_batch_tokens,
+    optimizer_bytes,
+    optimizer_state_bytes,
+    policy_memory,
+    reward_model_memory,
+)
+from rlhf.model_folder import ModelShape
+
+ACTIVATIONS = "activations of"
+# Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.
+RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
+ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
+ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
+WORKER_CONTEXT = GIB // 2  # not measured: of an engine's other workers, each, on its first GPU, where they read what is pushed
+OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
+PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
+BUCKET = 256 * 2**20  # its size, or that of a larger tensor
+
+
+def phases(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
+    """Predicted peak of each phase on the fullest GPU, in bytes: of a config that `rlhf.fit` has completed."""
+    return {phase: sum(held.values()) for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items()}
+
+
+def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, dict[str, int]]:
+    """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
+
+    In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
+    there is "train" alone.
+    """
+    policy = policy_memory(config, shape)
+    beside = {f"{frozen_group(config)} weights": frozen_memory(config, frozen_shape) if frozen_shape else None}
+    beside["reward model weights"] = reward_model_memory(config)
+    frozen = {name: memory for name, memory in beside.items() if memory is not None}
+    ranks = {
+        "contexts": RANK_CONTEXT * (1 + len(frozen)),
+        "policy weights": policy.weights,
+        "optimizer state": policy.optimizer,
+    }
+    ranks |= {name: memory.weights for name, memory in frozen.items()}
+    gradients = {"gradients": policy.gradients}
+    work = max(memory.activations for memory in (policy, *frozen.values()))
+    activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
+    train = ranks | gradients | activations
+    if not samples(config):
+        return {"train": train}
+    widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
+    largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
+    buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
+    others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
+    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)} | ({"engine's contexts": others} if others else {})
+    if not shares_gpus(config):
+        return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
+    asleep = {"sleeping engine": ENGINE_RESIDUE + others}
+    optimizer = {"optimizer state"} if config.offload_optimizer else set()
+    frozen_away = set(frozen) if config.offload_model else set()
+    policy_away = {"policy weights"} if config.offload_model else set()
+    loaded = {"engine weights": engine_memory(config, shape).weights}
+    return {
+        "train": train | asleep,
+        "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
+        "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,
+    }
+
+
+def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> int:
+    """Bytes of one node's host memory that what is offloaded takes, of a completed config.
+
+    What optimizer_cpu_offload keeps there has its weight and gradient there too, in float32.
+    """
+    policy, ranks = policy_memory(config, shape), policy_ranks(config) // config.nnodes
+    size = policy.optimizer * bool(config.offload_optimizer) + policy.weights * bool(config.offload_model)
+    if config.optimizer_cpu_offload:
+        there = optimizer_bytes(config, shape) - policy.optimizer
+        size += there // optimizer_state_bytes(config) * OFFLOADED_STATE
+    if frozen_shape and config.offload_model:
+        size += frozen_memory(config, frozen_shape).weights
+    if config.reward_model is not None and config.offload_model:
+        size += reward_model_memory(config).weights
+    return ranks * size
+
+
+def shares_gpus(config: Config) -> bool:
+    """Whether the engines of a run on GPUs use the policy's by turns."""
+    return samples(config) and config.vllm_mode == "colocate"
+
+
+def _without(held: dict[str, int], names: set[str]) -> dict[str, int]:
+    return {name: size for name, size in held.items() if name not in names}

@@ -1,0 +1,139 @@
+"""A rollout engine on several devices, in worker processes of its own: what it samples, and that all of it ends together.
+
+The expected numbers come from an engine on one device and from Hugging Face's model in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from test_rollout import (
+    TOLERANCE,
+    Sender,
+    by_prompt,
+    hugging_face,
+    logprob_error,
+    one_of,
+    push,
+    settings,
+    some_prompts,
+)
+from tiny import make_tiny_model
+
+from actors.group import ActorGroup
+from actors.rollout import ENVIRONMENT, RolloutEngine
+from rlhf.rollout import RolloutEngines
+
+WIDE = 1  # the engine on two devices; engine 0 has one
+WORKERS = ("VLLM::Worker_TP0", "VLLM::Worker_TP1")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_tiny_model(folder / name, seed=seed, head_dim=32) for seed, name in enumerate("ab")}
+
+
+@pytest.fixture(scope="module")
+def engines(local_ray, models) -> RolloutEngines:
+    """One on one device, one on two."""
+
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+        config = settings(models["a"], vllm_tensor_parallel_size=index + 1)
+        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index)
+
+    engines = RolloutEngines(spawn, num_engines=2, config=settings(models["a"]))
+    yield engines
+    for engine in engines.engines:
+        ray.kill(engine)
+
+
+def sender(models, *, group: bool = False) -> ActorGroup:
+    kind = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0)
+    return ActorGroup("policy", [kind.remote(models["a"], group=group)], timeout=60)
+
+
+@pytest.fixture(scope="module")
+def policy(local_ray, models) -> ActorGroup:
+    return sender(models)
+
+
+def workers(engine) -> list[psutil.Process]:
+    """The engine's own children that run a part of its model."""
+    (pid,) = [int(word) for word in ray.get(engine.report.remote()).split("pid ")[1:]]
+    children = psutil.Process(pid).children()
+    return sorted((child for child in children if child.cmdline()[:1] and child.cmdline()[0] in WORKERS), key=lambda c: c.pid)
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["object store", "broadcast"])
+def test_two_devices_answer_as_one_and_as_hugging_face_after_every_push(engines, models, group) -> None:
+    policy = sender(models, group=group)
+    for name in "ab":
+        push(engines, policy, models[name])
+        prompts = some_prompts(8)
+        greedy = [by_prompt(one_of(engines, i).generate(prompts, n=1, sampling={"temperature": 0})) for i in (0, WIDE)]
+        assert {index: ids for index, (ids, _) in greedy[0].items()} == {index: ids for index, (ids, _) in greedy[1].items()}
+        for index, (_, logprobs) in greedy[0].items():
+            assert greedy[1][index][1][0] == pytest.approx(logprobs[0], abs=TOLERANCE)
+        sampled = list(one_of(engines, WIDE).generate(prompts, n=4))
+        assert logprob_error(hugging_face(models[name]), sampled) <= TOLERANCE
+    assert len(workers(engines.engines[WIDE])) == 2
+
+
+@pytest.mark.parametrize("tamper", ["flipped bit", "missing", "unknown", "repeated"])
+def test_a_wrong_push_is_refused_and_a_complete_one_heals(engines, policy, models, tamper) -> None:
+    engines.setup()
+    wide = one_of(engines, WIDE)
+    with pytest.raises(ray.exceptions.RayTaskError, match="rollout engine 0"):
+        push(wide, policy, models["a"], tamper)
+    with pytest.raises(RuntimeError, match="has no complete push"):
+        list(wide.generate(some_prompts(1), n=1))
+    push(wide, policy, models["b"])
+    assert logprob_error(hugging_face(models["b"]), list(wide.generate(some_prompts(4), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_killed_worker_takes_the_engine_with_it_which_is_replaced(engines, policy, models) -> None:
+    push(engines, policy, models["b"])
+    before, old = engines.restarts, workers(engines.engines[WIDE])
+    groups = engines.generate(some_prompts(60), n=4, sampling={"max_completion_length": 64})
+    got = [next(groups)]
+    old[1].kill()
+    got += list(groups)
+    assert sorted(group.prompt.index for group in got) == list(range(60))
+    assert engines.restarts == before + 1
+    assert psutil.wait_procs(old, timeout=10)[1] == []
+    assert logprob_error(hugging_face(models["b"]), got) <= TOLERANCE
+    assert not {worker.pid for worker in old} & {worker.pid for worker in workers(engines.engines[WIDE])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["ray.kill", "SIGKILL"])
+def test_nothing_is_left_of_an_engine_that_is_killed(local_ray, policy, models, end) -> None:
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+        config = settings(models["a"], vllm_tensor_parallel_size=2)
+        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index)
+
+    shared = set(os.listdir("/dev/shm"))
+    engines = RolloutEngines(spawn, num_engines=1, config=settings(models["a"]))
+    push(engines, policy, models["a"])
+    children = workers(engines.engines[0])
+    family = children[0].parent().children(recursive=True)
+    assert len(children) == 2 and set(children) <= set(family)
+    if end == "ray.kill":
+        ray.kill(engines.engines[0])
+    else:
+        os.kill(children[0].ppid(), signal.SIGKILL)
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+    deadline = time.monotonic() + 10
+    while set(os.listdir("/dev/shm")) - shared:
+        assert time.monotonic() < deadline, set(os.listdir("/dev/shm")) - shared
+        time.sleep(0.2)
