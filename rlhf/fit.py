@@ -28,6 +28,7 @@ from rlhf.memory import (
     shares_gpus,
 )
 from rlhf.model_folder import ModelShape
+from rlhf.pipeline import policy_pipeline
 from rlhf.validation import check_layout
 
 MARGIN = 2  # per cent of a GPU that nobody is given
@@ -248,7 +249,7 @@ def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
     for tensor in () if shape.experts else (2, 4, 8):
         ranks = tensor * config.pipeline_model_parallel_size
         try:
-            check_layout(shape, tensor, config.pipeline_model_parallel_size)
+            check_layout(shape, tensor, policy_pipeline(config))
         except ValueError:
             continue
         if tensor > config.tensor_model_parallel_size:

@@ -27,6 +27,7 @@ from rlhf.head_check import check_head, check_reward_model
 from rlhf.heads import head_of
 from rlhf.megatron_folder import check_described
 from rlhf.model_folder import ModelShape, check_files, read_shape
+from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 WHOLE_MODULES = ("word_embeddings", "output_layer")
@@ -87,7 +88,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
     if config.reward_model is not None:
         reward_shape = check_reward_model(config, weights=weights)
         tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        check_layout(reward_shape, tensor, pipeline, "reward_model: ")
+        check_layout(reward_shape, tensor, Pipeline(size=pipeline), "reward_model: ")
         ranks = policy_ranks(config)
         check_expert_sizes(config, reward_shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix="reward_model: ")
     check_output(config)
@@ -96,7 +97,7 @@ def validate(config: Config, *, weights: bool = True) -> list[str]:
 
 
 def _check_parallel(config: Config, shape: ModelShape) -> None:
-    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    check_layout(shape, config.tensor_model_parallel_size, policy_pipeline(config))
     check_experts(config, shape)
     ranks, each = policy_ranks(config), model_ranks(config)
     if ranks % each:
@@ -107,7 +108,7 @@ def _check_parallel(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix: str = "") -> None:
+def check_layout(shape: ModelShape, tensor_size: int, pipeline: Pipeline, prefix: str = "") -> None:
     """Whether a model can be split that way. Raises ValueError."""
     name = f"{prefix}tensor_model_parallel_size {tensor_size}"
     if shape.num_heads % tensor_size:
@@ -119,9 +120,10 @@ def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix
     if shape.ffn_size % tensor_size:
         kind = "shared_expert_intermediate_size" if shape.experts else "intermediate_size"
         raise ValueError(f"{name} does not divide the model's {kind} {shape.ffn_size}")
-    if shape.num_layers % pipeline_size:
-        name = f"{prefix}pipeline_model_parallel_size {pipeline_size}"
-        raise ValueError(f"{name} does not divide the model's {shape.num_layers} layers")
+    try:
+        pipeline.stages(shape.num_layers)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def _check_batches(config: Config) -> None:
@@ -180,10 +182,13 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
             raise ValueError(
                 "recompute_granularity full also needs --recompute_method uniform and --recompute_num_layers 1"
             )
-        stage = shape.num_layers // config.pipeline_model_parallel_size
-        if config.recompute_num_layers > stage:
+        stages, unit = policy_pipeline(config).stages(shape.num_layers), config.recompute_num_layers
+        if unit > max(stages):
+            raise ValueError(f"recompute_num_layers {unit} is more than the {max(stages)} layers of a rank")
+        uneven = [layers for layers in stages if layers % unit]
+        if config.recompute_method == "uniform" and uneven:
             raise ValueError(
-                f"recompute_num_layers {config.recompute_num_layers} is more than the {stage} layers of a rank"
+                f"recompute_num_layers {unit} does not divide the {uneven[0]} layers of a rank, as recompute_method uniform needs"
             )
         return
     given = {"recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers}
@@ -312,7 +317,7 @@ def _check_frozen(config: Config, name: str) -> None:
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     shape = read_shape(folder)
-    check_layout(shape, tensor, pipeline, f"{name}.")
+    check_layout(shape, tensor, frozen_pipeline(config, role), f"{name}.")
     ranks = role.nproc or policy_ranks(config)
     if ranks > policy_ranks(config):
         raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
