@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.megatron.rank import MegatronRank
 from rlhf.heads import converted_head
+from rlhf.pipeline import policy_pipeline
 from rlhf.records import RankInfo, RowTokens, SequenceRef, Shard
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Exporter(MegatronRank):
                 model=config.model,
                 megatron=config.mcore_model,
                 tensor=config.tensor_model_parallel_size,
-                pipeline=config.pipeline_model_parallel_size,
+                pipeline=policy_pipeline(config),
                 options=config.megatron,
                 head=converted_head(config),
             )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from actors.megatron.rank import MegatronRank
 from rlhf.config import FrozenRole
 from rlhf.heads import LANGUAGE_MODEL, SCORE
+from rlhf.pipeline import frozen_pipeline
 from rlhf.records import RankInfo
 
 
@@ -29,7 +30,7 @@ class Frozen(MegatronRank):
                 model=own.model or config.model,
                 megatron=None if own.model else config.mcore_model,
                 tensor=own.tensor_model_parallel_size or config.tensor_model_parallel_size,
-                pipeline=own.pipeline_model_parallel_size or config.pipeline_model_parallel_size,
+                pipeline=frozen_pipeline(config, own),
                 options=config.megatron,
                 head=SCORE if scores else LANGUAGE_MODEL,
             )

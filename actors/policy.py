@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from actors.device_memory import peak_gib
 from actors.megatron.rank import MegatronRank
 from rlhf.heads import head_of
+from rlhf.pipeline import policy_pipeline
 from rlhf.records import MicroBatch, PushReport, RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Policy(MegatronRank):
                 model=config.model,
                 megatron=config.mcore_model,
                 tensor=config.tensor_model_parallel_size,
-                pipeline=config.pipeline_model_parallel_size,
+                pipeline=policy_pipeline(config),
                 options=config.megatron,
                 head=head_of(config),
             )

@@ -7,18 +7,25 @@ import os
 import re
 from typing import Any
 
+from actors.model_folder import origin
+
 
 def load_processor(config: Any) -> Any:
     """The tokenizer with what ms-swift knows of the model.
 
-    A local folder may fit several of ms-swift's types (Qwen3ForCausalLM: qwen3, qwen3_emb, qwen3_reranker): the one
-    named as config.json's `model_type` is taken.
+    ms-swift knows a model by the name of its folder, or of the one that it was made from. Otherwise it may fit several types
+    (Qwen3ForCausalLM: qwen3, qwen3_emb, qwen3_reranker): the one named as config.json's `model_type` is taken.
     """
     from swift.model import get_matched_model_meta, get_processor
 
     model_type = config.model_type
     described = os.path.join(config.model, "config.json")
-    named_by_folder = get_matched_model_meta(config.model) or os.path.exists(os.path.join(config.model, "args.json"))
+    known = get_matched_model_meta(config.model)
+    if known is None and model_type is None and (known := get_matched_model_meta(origin(config.model))) is not None:
+        processor = get_processor(config.model, model_type=known.model_type, use_hf=config.use_hf, download_model=False)
+        processor.model_meta = known  # of that one model: of the type alone ms-swift takes one for all of its models
+        return processor
+    named_by_folder = known or os.path.exists(os.path.join(config.model, "args.json"))
     if model_type is None and os.path.exists(described) and not named_by_folder:
         from swift.model.model_meta import get_matched_model_types
 

@@ -192,6 +192,10 @@ class ParallelOptions:
 
     tensor_model_parallel_size: int = common(1, "TP: ranks that share each layer", least=1)
     pipeline_model_parallel_size: int = common(1, "PP: ranks that share the stack of layers", least=1)
+    decoder_first_pipeline_num_layers: int | None = common(
+        None, "layers of the first stage; those that are not named share the rest evenly (default: as the others)", least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = common(None, "layers of the last stage (default: as the others)", least=1)
     sequence_parallel: bool = option(False, "split activations along the sequence over the TP ranks (off when TP is 1)")
     expert_model_parallel_size: int = option(1, "EP: ranks that share the experts of each layer", least=1)
     expert_tensor_parallel_size: int = option(1, "ranks that share each expert", least=1)

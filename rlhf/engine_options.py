@@ -23,7 +23,8 @@ VLLM = {"vllm": {"engine/arg_utils.py": "EngineArgs"}}
 OWNED = frozenset(
     """
     params_dtype pipeline_dtype bf16 fp16 tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
-    virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
     recompute_granularity recompute_method recompute_num_layers recompute_modules attention_backend deterministic_mode
     cross_entropy_loss_fusion calculate_per_token_loss variable_seq_lengths finalize_model_grads_func grad_scale_func
     overlap_grad_reduce overlap_param_gather gradient_accumulation_fusion optimizer_cpu_offload optimizer_offload_fraction

@@ -14,6 +14,7 @@ from rlhf.layout_check import check_layout
 from rlhf.megatron_folder import MEGATRON, adapter_of, check_described, find_megatron, holds_megatron
 from rlhf.model_folder import check_files, local_model, read_shape
 from rlhf.output_check import check_writable
+from rlhf.pipeline import policy_pipeline
 from rlhf.resolution import lasting_folder, trainable_dtype
 
 Conversion = Literal["to_mcore", "to_hf", "merge_lora", "compare"]
@@ -69,7 +70,7 @@ def complete_export(config: Config) -> Config:
         nproc_per_node=1 if asked == "merge_lora" else ranks,
         attention_backend="unfused",  # the one that computes in float32
     )
-    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    check_layout(shape, config.tensor_model_parallel_size, policy_pipeline(config))
     check_engine_options(config)
     _check_comparable(config, asked)
     return config if asked == "compare" else _with_output(config, asked)

@@ -18,6 +18,7 @@ from rlhf.layout_check import check_layout
 from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
 from rlhf.model_folder import ModelShape
 from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
+from rlhf.pipeline import policy_pipeline
 
 MARGIN = 2  # per cent of a GPU that nobody is given
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say
@@ -234,7 +235,7 @@ def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
     for tensor in () if shape.experts else (2, 4, 8):
         ranks = tensor * config.pipeline_model_parallel_size
         try:
-            check_layout(shape, tensor, config.pipeline_model_parallel_size)
+            check_layout(shape, tensor, policy_pipeline(config))
         except ValueError:
             continue
         if tensor > config.tensor_model_parallel_size:

@@ -8,11 +8,12 @@ from rlhf.config import Config
 from rlhf.counts import compares, frozen_group, model_ranks, policy_ranks
 from rlhf.expert_checks import check_expert_sizes, check_experts
 from rlhf.model_folder import ModelShape, read_shape
+from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
 
 def check_policy_layout(config: Config, shape: ModelShape) -> None:
     """The policy of a resolved config. Raises ValueError."""
-    check_layout(shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    check_layout(shape, config.tensor_model_parallel_size, policy_pipeline(config))
     check_experts(config, shape)
     ranks, each = policy_ranks(config), model_ranks(config)
     if ranks % each:
@@ -23,12 +24,13 @@ def check_policy_layout(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_layout(shape: ModelShape, tensor_size: int, pipeline_size: int, prefix: str = "") -> None:
+def check_layout(shape: ModelShape, tensor_size: int, pipeline: Pipeline, prefix: str = "") -> None:
     """Whether a model can be split that way. Raises ValueError."""
     check_tensor_split(shape, tensor_size, f"{prefix}tensor_model_parallel_size {tensor_size}")
-    if shape.num_layers % pipeline_size:
-        name = f"{prefix}pipeline_model_parallel_size {pipeline_size}"
-        raise ValueError(f"{name} does not divide the model's {shape.num_layers} layers")
+    try:
+        pipeline.stages(shape.num_layers)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def check_tensor_split(shape: ModelShape, size: int, name: str) -> None:
@@ -59,7 +61,7 @@ def check_frozen(config: Config, name: str) -> None:
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     shape = read_shape(folder)
-    check_layout(shape, tensor, pipeline, f"{name}.")
+    check_layout(shape, tensor, frozen_pipeline(config, role), f"{name}.")
     ranks = role.nproc or policy_ranks(config)
     if ranks > policy_ranks(config):
         raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
@@ -71,5 +73,5 @@ def check_frozen(config: Config, name: str) -> None:
 def check_reward_layout(config: Config, shape: ModelShape) -> None:
     """The reward model, which is split as the policy is. Raises ValueError."""
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    check_layout(shape, tensor, pipeline, "reward_model: ")
+    check_layout(shape, tensor, Pipeline(size=pipeline), "reward_model: ")
     check_expert_sizes(config, shape, tensor=tensor, pipeline=pipeline, ranks=policy_ranks(config), prefix="reward_model: ")

@@ -13,6 +13,7 @@ from rlhf.config import Config, reads_prompts
 from rlhf.counts import data_ranks, expert_copies, frozen_group, rollout_engines, row_sequences, samples
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
+from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
 GIB = 2**30
 MLP_VALUES = 3  # numbers kept for each of its inner features, fused: both halves of the first layer, and their product
@@ -40,7 +41,8 @@ def policy_memory(config: Config, shape: ModelShape) -> Memory:
     size, (trained, trained_experts) = BYTES[config.torch_dtype], _trained_parameters(config, shape)
     state = optimizer_bytes(config, shape)
     on_host = int(config.optimizer_offload_fraction * state) if config.optimizer_cpu_offload else 0
-    frozen = sum(_parameters(config, shape)) if config.tuner_type == "lora" else 0
+    held = _parameters(config, shape, config.tensor_model_parallel_size, policy_pipeline(config))
+    frozen = sum(held) if config.tuner_type == "lora" else 0
     return Memory(
         weights=(frozen + trained + trained_experts) * size,
         gradients=(trained + trained_experts) * 4,
@@ -63,35 +65,36 @@ def optimizer_state_bytes(config: Config) -> int:
     return 8 if BYTES[config.torch_dtype] == 4 else 12
 
 
-def _parameters(config: Config, shape: ModelShape) -> tuple[int, int]:
+def _parameters(config: Config, shape: ModelShape, tensor_size: int, pipeline: Pipeline) -> tuple[int, int]:
     """Of the fullest rank: all but its experts, and its experts."""
-    pipeline = config.pipeline_model_parallel_size
+    stages = pipeline.stages(shape.num_layers)
     experts = shape.expert_parameters(config.expert_model_parallel_size, config.expert_tensor_parallel_size)
-    return shape.rank_parameters(config.tensor_model_parallel_size, pipeline), shape.num_layers // pipeline * experts
+    held = zip(shape.stage_parameters(stages, tensor_size), (layers * experts for layers in stages))
+    return max(held, key=sum)
 
 
 def _trained_parameters(config: Config, shape: ModelShape) -> tuple[int, int]:
-    """As `_parameters`, those that have gradients."""
+    """As `_parameters` of the policy, those that have gradients."""
+    tensor, pipeline = config.tensor_model_parallel_size, policy_pipeline(config)
     if config.tuner_type == "full":
-        return _parameters(config, shape)
-    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        return _parameters(config, shape, tensor, pipeline)
     rank, modules = config.lora_rank, config.target_modules
+    stages, layer = pipeline.stages(shape.num_layers), shape.lora_parameters(rank, modules, tensor)
     experts = shape.expert_lora_parameters(rank, modules, config.expert_model_parallel_size)
-    matrices = len(config.modules_to_save) if pipeline == 1 else min(len(config.modules_to_save), 1)
-    whole = matrices * shape.embedding_parameters(tensor)
-    return shape.lora_parameters(rank, modules, tensor, pipeline) + whole, shape.num_layers // pipeline * experts
+    held = [layers * layer for layers in stages]
+    held[0] += shape.embedding_parameters(tensor) * ("word_embeddings" in config.modules_to_save)
+    held[-1] += shape.embedding_parameters(tensor) * ("output_layer" in config.modules_to_save)
+    return max(zip(held, (layers * experts for layers in stages)), key=sum)
 
 
 def frozen_memory(config: Config, shape: ModelShape) -> Memory:
     """A rank of the frozen reference or teacher; `shape`: of its own model."""
     role = getattr(config, frozen_group(config))
     tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
-    pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
-    experts = shape.expert_parameters(config.expert_model_parallel_size, config.expert_tensor_parallel_size)
     tokens, size = micro_batch_tokens(config), BYTES[config.torch_dtype]
     logits = _columns(shape, tensor) * (size + 4 if size < 4 else 4)  # and their float32 copy
     return Memory(
-        weights=(shape.rank_parameters(tensor, pipeline) + shape.num_layers // pipeline * experts) * size,
+        weights=sum(_parameters(config, shape, tensor, frozen_pipeline(config, role))) * size,
         activations=tokens * max(_layer_values(shape, tensor, split=False) * size, logits),
     )
 
@@ -103,7 +106,7 @@ def reward_model_memory(config: Config) -> Memory | None:
     shape = _without_output(read_shape(Path(config.reward_model)))
     tensor, size = config.tensor_model_parallel_size, BYTES[config.torch_dtype]
     return Memory(
-        weights=sum(_parameters(config, shape)) * size,
+        weights=sum(_parameters(config, shape, tensor, Pipeline(size=config.pipeline_model_parallel_size))) * size,
         activations=micro_batch_tokens(config) * _layer_values(shape, tensor, split=False) * size,
     )
 
@@ -146,26 +149,33 @@ def activation_bytes(config: Config, shape: ModelShape) -> int:
     """The most that a training step needs besides weights, gradients and optimizer state, on the fullest stage.
 
     Each layer keeps what `_layer_values` counts for the backward pass, or its input alone where it is recomputed. The first
-    stage holds up to PP micro batches; the last one holds one, and at the loss its logits (`_loss_bytes`). What is recomputed
-    exists after the logits are gone. The gradients of one layer's activations are not counted.
+    stage holds up to PP micro batches, each further one a micro batch less; the last one has at the loss its logits
+    (`_loss_bytes`). What is recomputed exists after the logits are gone. Gradients of one layer's activations are not counted.
     """
-    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    size, layers = BYTES[config.torch_dtype], shape.num_layers // pipeline
+    size, stages = BYTES[config.torch_dtype], policy_pipeline(config).stages(shape.num_layers)
+    values = [_stage_values(config, shape, layers) for layers in stages]
+    at_a_time = [min(len(stages) - place, _micro_batches(config)) for place in range(len(stages))]
+    most = max((count * kept + again) * size for count, (kept, again) in zip(at_a_time, values))
+    at_loss = values[-1][0] * size + _outputs(config, shape) * _loss_bytes(config)
+    columns = _columns(shape, config.tensor_model_parallel_size)
+    divergence = DIVERGENCE * columns if config.task == "gkd" and not config.gkd_logits_topk else 0
+    return micro_batch_tokens(config) * max(most, at_loss) + divergence
+
+
+def _stage_values(config: Config, shape: ModelShape, layers: int) -> tuple[int, int]:
+    """Numbers a token that a stage of so many layers keeps until the backward pass, and that it computes again in it."""
+    tensor = config.tensor_model_parallel_size
     whole = _layer_values(shape, tensor, split=config.sequence_parallel)
     entry = shape.hidden_size // (tensor if config.sequence_parallel else 1)
-    unit = config.recompute_num_layers or 1
-    kept, again = layers * whole, 0  # numbers a token: until the backward pass; in it, recomputed
+    unit = min(config.recompute_num_layers or 1, layers)
     if config.recompute_granularity == "full" and config.recompute_method == "uniform":
-        kept, again = -(-layers // unit) * entry, unit * whole
-    elif config.recompute_granularity == "full":
-        kept, again = unit * entry + (layers - unit) * whole, whole
-    elif config.recompute_granularity == "selective" and {"mlp", "moe"} & set(config.recompute_modules):
+        return -(-layers // unit) * entry, unit * whole
+    if config.recompute_granularity == "full":
+        return unit * entry + (layers - unit) * whole, whole
+    if config.recompute_granularity == "selective" and {"mlp", "moe"} & set(config.recompute_modules):
         again = entry + _mlp_values(shape, tensor)
-        kept -= layers * again
-    first = kept * size * min(pipeline, _micro_batches(config)) + again * size
-    last = kept * size + _outputs(config, shape) * _loss_bytes(config)
-    divergence = DIVERGENCE * _columns(shape, tensor) if config.task == "gkd" and not config.gkd_logits_topk else 0
-    return micro_batch_tokens(config) * max(first, last) + divergence
+        return layers * (whole - again), again
+    return layers * whole, 0
 
 
 def _micro_batches(config: Config) -> int:

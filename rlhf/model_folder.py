@@ -96,22 +96,25 @@ class ModelShape:
         layer = self.layer_parameters() + self.expert_parameters()
         return matrices * self.embedding_parameters() + self.num_layers * layer + self.hidden_size
 
-    def rank_parameters(self, tensor_size: int = 1, pipeline_size: int = 1) -> int:
-        """Parameters of the fullest rank, without experts: the first stage holds the embedding, the last the output layer."""
-        layers = self.num_layers // pipeline_size * self.layer_parameters(tensor_size)
-        matrix = self.embedding_parameters(tensor_size)
-        if pipeline_size == 1:
-            return layers + (1 if self.tied_embeddings else 2) * matrix + self.hidden_size
-        return layers + matrix + self.hidden_size  # the last stage holds a copy of a tied embedding
+    def stage_parameters(self, stages: list[int], tensor_size: int = 1) -> list[int]:
+        """Parameters of a rank of each pipeline stage, without experts; `stages`: its layers.
 
-    def lora_parameters(self, rank: int, modules: list[str], tensor_size: int = 1, pipeline_size: int = 1) -> int:
-        """Adapter parameters of one rank. Column-parallel layers split B (out x r), row-parallel ones A (r x in)."""
+        The first stage holds the embedding, the last one the output layer, or a copy of a tied embedding.
+        """
+        matrix = self.embedding_parameters(tensor_size)
+        held = [layers * self.layer_parameters(tensor_size) for layers in stages]
+        held[0] += matrix
+        held[-1] += self.hidden_size + (0 if len(stages) == 1 and self.tied_embeddings else matrix)
+        return held
+
+    def lora_parameters(self, rank: int, modules: list[str], tensor_size: int = 1) -> int:
+        """Adapter parameters of one layer on one rank. Column-parallel layers split B (out x r), row-parallel ones A (r x in)."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sizes = {  # in, out
             "linear_qkv": (self.hidden_size, (heads + 2 * kv_heads) // tensor_size),
             "linear_proj": (heads // tensor_size, self.hidden_size),
         } | (_mlp_sizes(self.hidden_size, self.ffn_size // tensor_size) if self.ffn_size else {})
-        return self.num_layers // pipeline_size * _adapters(sizes, rank, modules)
+        return _adapters(sizes, rank, modules)
 
     def expert_lora_parameters(self, rank: int, modules: list[str], expert_size: int = 1) -> int:
         """Adapter parameters of one layer's experts on one of the ranks that share them."""

@@ -35,6 +35,7 @@ from rlhf.memory import (
 )
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.phases import offloaded, phases
+from rlhf.pipeline import policy_pipeline
 from rlhf.without_gpus import refusal_without_gpus
 
 
@@ -168,6 +169,9 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     unit = "packs" if config.packing else "responses" if config.task == "grpo" else "pairs" if config.task in PAIRED else "rows"
     lines = [f"{ranks} policy ranks / (TP {tensor} x PP {pipeline} = {each}) = {made.data_size} data-parallel"]
+    stages = policy_pipeline(config).stages(read_shape(Path(config.model)).num_layers)
+    if len(set(stages)) > 1:
+        lines.append(f"layers of the {pipeline} stages: {', '.join(map(str, stages))}")
     if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
         size, tensor_size = config.expert_model_parallel_size, config.expert_tensor_parallel_size
         lines.append(f"experts over {size} ranks, each over {tensor_size}: {expert_copies(config)} copies of each")

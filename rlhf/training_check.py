@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.config import Config
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape
+from rlhf.pipeline import policy_pipeline
 
 LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 WHOLE_MODULES = ("word_embeddings", "output_layer")
@@ -42,9 +43,14 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
     if config.recompute_granularity == "full":
         if config.recompute_method is None or config.recompute_num_layers is None:
             raise ValueError("recompute_granularity full also needs --recompute_method uniform and --recompute_num_layers 1")
-        stage = shape.num_layers // config.pipeline_model_parallel_size
-        if config.recompute_num_layers > stage:
-            raise ValueError(f"recompute_num_layers {config.recompute_num_layers} is more than the {stage} layers of a rank")
+        stages, unit = policy_pipeline(config).stages(shape.num_layers), config.recompute_num_layers
+        if unit > max(stages):
+            raise ValueError(f"recompute_num_layers {unit} is more than the {max(stages)} layers of a rank")
+        uneven = [layers for layers in stages if layers % unit]
+        if config.recompute_method == "uniform" and uneven:
+            raise ValueError(
+                f"recompute_num_layers {unit} does not divide the {uneven[0]} layers of a rank, as recompute_method uniform needs"
+            )
         return
     given = {"recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers}
     for name, value in given.items():

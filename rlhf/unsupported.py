@@ -29,11 +29,10 @@ _REASONS: dict[str, str] = {
     "context parallelism is not supported yet": """
         context_parallel_size=1 cp_comm_type cp_partition_mode=zigzag sequence_parallel_size=1
         sequence_packing_scheduler""",
-    "interleaved and uneven pipelines are not supported yet": """
-        virtual_pipeline_model_parallel_size=1 decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
-        pipeline_model_parallel_layout microbatch_group_size_per_vp_stage account_for_embedding_in_pipeline_split=false
-        account_for_loss_in_pipeline_split=false overlap_p2p_comm=true,false batch_p2p_comm
-        align_param_gather=true,false""",
+    "interleaved pipelines are not supported yet; --decoder_first_pipeline_num_layers and _last_ make uneven ones": """
+        virtual_pipeline_model_parallel_size=1 pipeline_model_parallel_layout microbatch_group_size_per_vp_stage
+        account_for_embedding_in_pipeline_split=false account_for_loss_in_pipeline_split=false
+        overlap_p2p_comm=true,false batch_p2p_comm align_param_gather=true,false""",
     "this overlapping of communication is not supported yet": """
         tp_comm_overlap=false overlap_param_gather_with_optimizer_step=false align_grad_reduce=true,false
         nccl_comm_warmup=false""",

@@ -17,7 +17,8 @@ NEED_GPUS = {
 def refusal_without_gpus(config: Config, shape: ModelShape) -> str | None:
     """Why a run without GPUs is refused, in one line; None when it is not."""
     for name, reason in NEED_GPUS.items():
-        if getattr(config, name):
+        idle = name == "moe_shared_expert_overlap" and not shape.ffn_size  # no shared expert: `expert_notes` says so
+        if getattr(config, name) and not idle:
             return f"{name} true needs GPUs, there are none: {reason}; leave it out"
     if config.attention_backend == "flash" and shape.experts:
         return "attention_backend flash needs GPUs, there are none: FlashAttention is a CUDA kernel; leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,19 +16,28 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "rlhf" / "main.py"
 
 
 def start(*arguments: Any, log: Path, address: str = "local", **environment: str) -> subprocess.Popen:
     """Start `python rlhf/main.py ARGUMENTS` on a Ray of its own, or on the one at `address`; its output in `log`."""
-    command = [sys.executable, str(ROOT / "rlhf" / "main.py"), *map(str, arguments)]
-    env = os.environ | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"} | environment
+    return _start([sys.executable, str(MAIN), *map(str, arguments)], log, {"RAY_ADDRESS": address} | environment)
+
+
+def start_in_shell(line: str, *, log: Path, address: str = "local", **environment: str) -> subprocess.Popen:
+    """Start what a user types, variables in front and `megaray` as the program; otherwise as `start`."""
+    megaray = shlex.join([sys.executable, str(MAIN)])
+    return _start(["bash", "-c", f'megaray() {{ exec {megaray} "$@"; }}; {line}'], log, {"RAY_ADDRESS": address} | environment)
+
+
+def _start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
     with open(log, "w") as file:
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=env,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
             cwd=log.parent,
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may have it ignored
@@ -36,7 +46,11 @@ def start(*arguments: Any, log: Path, address: str = "local", **environment: str
 
 def run(*arguments: Any, log: Path, timeout: float = 300, address: str = "local", lines: str = "") -> tuple[int, str]:
     """Run to the end, `lines` on its standard input: (exit status, output)."""
-    process = start(*arguments, log=log, address=address)
+    return ended(start(*arguments, log=log, address=address), log=log, timeout=timeout, lines=lines)
+
+
+def ended(process: subprocess.Popen, *, log: Path, timeout: float = 300, lines: str = "") -> tuple[int, str]:
+    """Wait for a started command's end, `lines` on its standard input: (exit status, output)."""
     try:
         process.stdin.write(lines)
         process.stdin.close()

@@ -32,6 +32,8 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "temperature": TEMPERATURE,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
+        "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None,
         "sequence_parallel": False,
         "expert_model_parallel_size": 1,
         "expert_tensor_parallel_size": 1,

@@ -22,6 +22,7 @@ MS_SWIFT = {
     "truncation_strategy": None, "packing": False, "packing_length": None, "dataset_shuffle": True, "data_seed": 42,
     "dataset_num_proc": 1, "dataloader_num_workers": 4, "load_from_cache_file": False,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False,
+    "decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
     "use_distributed_optimizer": True, "micro_batch_size": 1, "global_batch_size": 16, "train_iters": None,
     "num_train_epochs": None, "recompute_granularity": "selective", "recompute_method": None,
     "recompute_num_layers": None, "recompute_modules": ["core_attn"],

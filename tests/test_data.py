@@ -10,7 +10,7 @@ import pytest
 
 from actors.encoding import EMPTY, EQUAL, TOO_LONG, UNTRAINED
 from rlhf.config import Config
-from tests.tiny import make_tokenizer
+from tests.tiny import make_tiny_model, make_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -333,6 +333,25 @@ def test_model_type_and_template_options_win_over_config_json(model, tmp_path):
     assert chosen(model_type="qwen2", template_backend="jinja")[0] == "qwen2"
     with pytest.raises(ValueError, match="several templates for qwen2: give --template"):
         chosen(model_type="qwen2")
+
+
+def test_a_checkpoint_has_the_template_of_the_model_that_it_was_made_from_in_the_end(tmp_path):
+    """ms-swift has seven templates for qwen2 models, and knows by the name of a folder which one is its own."""
+    from actors.encoding import Encoder
+    from actors.model_folder import copy_companions
+
+    model = make_tiny_model(tmp_path / "Qwen2.5-7B-Instruct", family="Qwen2")
+    folders = [model, tmp_path / "checkpoint-3", tmp_path / "checkpoint-5"]
+    for source, target in zip(folders, folders[1:]):
+        target.mkdir()
+        copy_companions(source, target, dtype="float32")
+    encoders = [Encoder(Config(task="sft", model=str(folder), dataset=["a"])) for folder in folders]
+    assert [encoder.template.template_meta.template_type for encoder in encoders] == ["qwen2_5"] * 3
+    row = {"messages": [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}]}
+    first, *others = [encoder.encode(row).sequences[0].token_ids.tolist() for encoder in encoders]
+    assert others == [first, first]
+    prompted = Encoder(Config(task="sft", model=str(folders[2]), dataset=["a"], template="llama3"))
+    assert prompted.template.template_meta.template_type == "llama3"
 
 
 def test_a_row_that_cannot_be_encoded_is_an_error_that_shows_it(model, tmp_path):

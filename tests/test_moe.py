@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.policy_ranks import (
@@ -234,6 +235,8 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert all(np.array_equal(without[key], base[key]) for key in base)
     merged = hugging_face(tmp_path / "step1" / "merged")
     assert largest_difference(adapted, hf_logprobs(merged, rows)) <= 1e-5
+    in_peft = PeftModel.from_pretrained(hugging_face(model), tmp_path / "step1")
+    assert largest_difference(adapted, hf_logprobs(in_peft, rows)) <= 1e-5
     adapter = load_file(tmp_path / "step1" / "adapter_model.safetensors")
     assert any(".experts.7.down_proj.lora_B" in name and tensor.abs().max() > 0 for name, tensor in adapter.items())
     group = hosts.start(config, size)

@@ -58,7 +58,7 @@ def test_parameter_count_is_hugging_faces(tmp_path, name, values):
     shape = read_shape(tmp_path)
     assert shape.exact
     assert shape.num_parameters() == model.num_parameters()
-    assert shape.rank_parameters() == model.num_parameters()
+    assert shape.stage_parameters([3]) == [model.num_parameters()]
 
 
 def test_parameters_of_a_published_model(tmp_path):
@@ -66,10 +66,11 @@ def test_parameters_of_a_published_model(tmp_path):
     assert shape.num_parameters() == 7_615_616_512
     # TP 2: half of every matrix and bias, all of the 57 norms
     norms = 57 * 3584
-    assert shape.rank_parameters(2) == (7_615_616_512 - norms) // 2 + norms
-    # PP 2: 14 layers, one 152064 x 3584 matrix and at most one norm
+    assert shape.stage_parameters([28], 2) == [(7_615_616_512 - norms) // 2 + norms]
+    # stages of 15 and 13 layers, each with one 152064 x 3584 matrix, the last with a norm
     layer = 3584 * (3584 + 2 * 512) + (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
-    assert shape.rank_parameters(1, 2) == 14 * layer + 152064 * 3584 + 3584
+    matrix = 152064 * 3584
+    assert shape.stage_parameters([15, 13]) == [15 * layer + matrix, 13 * layer + matrix + 3584]
 
 
 def test_weights_gradients_and_optimizer_bytes(tmp_path):

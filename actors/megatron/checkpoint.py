@@ -219,7 +219,7 @@ def _layout(model: Model) -> dict[str, Any]:
     data = parallel_state.get_data_parallel_world_size()
     return {
         "tensor": model.sizes.tensor,
-        "pipeline": model.sizes.pipeline,
+        "pipeline": model.sizes.pipeline.size,
         "sequence": model.sizes.sequence,
         "expert": model.sizes.expert,
         "expert_tensor": model.sizes.expert_tensor,
@@ -262,7 +262,7 @@ def _rng_state(model: Model, state: dict[str, Any] | None) -> Any:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    shape = (model.sizes.pipeline, model.sizes.tensor, parallel_state.get_data_parallel_world_size())
+    shape = (model.sizes.pipeline.size, model.sizes.tensor, parallel_state.get_data_parallel_world_size())
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),

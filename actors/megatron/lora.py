@@ -108,6 +108,8 @@ def save_adapter(model: Model, folder: Path, rank: int) -> None:
         modules_to_save=sorted(whole) or None,
         inference_mode=True,
     )
+    if model.config.num_moe_experts:  # PEFT refuses dropout around the tensors that transformers holds experts in
+        settings = replace(settings, lora_dropout=0.0)
     settings.save_pretrained(str(folder))
 
 

@@ -104,7 +104,9 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "tensor_model_parallel_size": sizes.tensor,
-        "pipeline_model_parallel_size": sizes.pipeline,
+        "pipeline_model_parallel_size": sizes.pipeline.size,
+        "num_layers_in_first_pipeline_stage": sizes.pipeline.first,
+        "num_layers_in_last_pipeline_stage": sizes.pipeline.last,
         "sequence_parallel": sizes.sequence,
         "attention_backend": AttnBackend[backend],
         "deterministic_mode": config.deterministic,
@@ -149,10 +151,7 @@ def _check_divides(settings: dict[str, Any], sizes: ParallelSizes) -> None:
     for name in ("num_attention_heads", "num_query_groups"):
         if settings.get(name) and settings[name] % sizes.tensor:
             raise ValueError(f"tensor_model_parallel_size {sizes.tensor} does not divide the model's {name} {settings[name]}")
-    if settings["num_layers"] % sizes.pipeline:
-        raise ValueError(
-            f"pipeline_model_parallel_size {sizes.pipeline} does not divide the model's {settings['num_layers']} layers"
-        )
+    sizes.pipeline.stages(settings["num_layers"])
 
 
 def _silence_progress_bars() -> None:

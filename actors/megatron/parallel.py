@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from actors.megatron.platform import Platform
+from rlhf.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class ParallelSizes:
     """How many ranks share a model, and how."""
 
     tensor: int
-    pipeline: int
+    pipeline: Pipeline
     sequence: bool  # split activations outside of tensor-parallel regions along the sequence
     expert: int = 1  # ranks that share the experts of a layer; they are ranks of data and tensor parallelism elsewhere
     expert_tensor: int = 1  # ranks that share one expert
@@ -42,15 +43,15 @@ def start_process_group(
     Pipeline stages draw different random numbers; tensor ranks draw equal ones outside of their own tracked state.
     Raises ValueError when the ranks do not divide into models.
     """
-    if world_size % (sizes.tensor * sizes.pipeline):
+    if world_size % (sizes.tensor * sizes.pipeline.size):
         raise ValueError(
             f"{world_size} ranks do not divide into models of tensor_model_parallel_size {sizes.tensor} x "
-            f"pipeline_model_parallel_size {sizes.pipeline}"
+            f"pipeline_model_parallel_size {sizes.pipeline.size}"
         )
-    if world_size % (sizes.expert * sizes.expert_tensor * sizes.pipeline):
+    if world_size % (sizes.expert * sizes.expert_tensor * sizes.pipeline.size):
         raise ValueError(
             f"{world_size} ranks do not divide by expert_model_parallel_size {sizes.expert} x expert_tensor_parallel_size "
-            f"{sizes.expert_tensor} x pipeline_model_parallel_size {sizes.pipeline}"
+            f"{sizes.expert_tensor} x pipeline_model_parallel_size {sizes.pipeline.size}"
         )
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"})  # mcore-bridge reads them
     import torch.distributed as dist
@@ -64,7 +65,7 @@ def start_process_group(
 
     parallel_state.initialize_model_parallel(
         sizes.tensor,
-        sizes.pipeline,
+        sizes.pipeline.size,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=max(1, timeout // 60),

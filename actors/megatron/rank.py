@@ -18,6 +18,7 @@ from actors.model_folder import require_megatron, require_model
 from actors.progress import Progress
 from rlhf.heads import LANGUAGE_MODEL, Head
 from rlhf.model_folder import read_shape
+from rlhf.pipeline import Pipeline
 from rlhf.records import RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class MegatronRank:
         model: str,
         megatron: str | None,
         tensor: int,
-        pipeline: int,
+        pipeline: Pipeline,
         options: dict[str, Any],
         head: Head = LANGUAGE_MODEL,
     ) -> None:
