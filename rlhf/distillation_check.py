@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf.config import Config, reads_prompts
+from rlhf.config import Config
 from rlhf.model_folder import ModelShape, read_shape
 
 
@@ -19,8 +19,6 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
         for name in ("seq_kd", "sft_alpha"):
             if getattr(config, name):
                 raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
-    if config.packing and reads_prompts(config):
-        raise ValueError("packing is for steps that all train on the rows as they are: give --micro_batch_tokens, or --lmbda 0")
     folder = Path(config.teacher.model)
     teacher = read_shape(folder)
     if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:

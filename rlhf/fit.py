@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, row_sequences, samples
 from rlhf.memory import (
     ACTIVATIONS,
     ENGINE_RESIDUE,
@@ -154,9 +154,11 @@ def _problem(
 ) -> tuple[str | None, int]:
     """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks.
 
-    Micro batches of so many rows count only where all rows are the `longest`: most are shorter.
+    Micro batches of so many rows, and rows longer than a pack, count only where all rows are the `longest`: most are shorter.
     """
     config = complete(config, shape, frozen_shape, gpu_memory)
+    if config.packing and not longest:
+        config = replace(config, max_length=config.packing_length // row_sequences(config))
     texts, lacking = [], 0
     for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items():
         if not (longest or config.micro_batch_tokens or config.packing):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import Config
+from rlhf.config import ALL, Config
 from rlhf.options import ALIASES, COMMANDS, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
@@ -271,7 +271,8 @@ def test_a_submitted_job_keeps_its_output_outside_the_copied_folder(monkeypatch)
 def test_help_lists_the_options_of_a_task_with_their_defaults():
     grpo, sft, dpo = help_text("grpo"), help_text("sft"), help_of(["rlhf", "--help"])
     assert "--num_generations INT" in grpo and "--num_generations" not in sft
-    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo
+    assert "--split_dataset_ratio" in sft and "--split_dataset_ratio" not in grpo
+    assert all("--packing BOOL" in help_text(task) for task in ALL) and "--packing BOOL" not in help_text("infer")
     assert "--label_smoothing" in dpo and "--label_smoothing" not in grpo
     assert "  --global_batch_size INT" in sft and "[16]" in next(
         line for line in sft.splitlines() if "--global_batch_size INT" in line
