@@ -319,6 +319,8 @@ class PreferenceOptions:
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = dpo(
         "reverse_kl", "divergence from the reference"
     )
+    f_alpha_divergence_coef: float = dpo(0.5, "alpha of alpha_divergence, as TRL's: near 1 reverse_kl, at 0 forward_kl")
+    discopop_tau: float = dpo(0.05, "temperature of loss_type discopop", above=0)
     desirable_weight: float = kto(1.0, "weight of desirable responses", least=0)
     undesirable_weight: float = kto(1.0, "weight of undesirable responses", least=0)
 
@@ -345,6 +347,7 @@ class GkdOptions:
     lmbda: float = gkd(0.5, "share of steps on the policy's own responses; 0: none, no engines", least=0, most=1)
     seq_kd: bool = gkd(False, "the other steps take the teacher's responses, sampled once a prompt, not the dataset's")
     sft_alpha: float = gkd(0.0, "weight of the cross entropy beside the divergence, on those other steps", least=0)
+    offload_teacher_model: bool = gkd(False, "the teacher's weights wait in host memory but while it gives its logits")
     gkd_logits_topk: int | None = gkd(None, "compare over the teacher's likeliest tokens only (default: over all)", least=1)
 
 

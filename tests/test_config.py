@@ -51,7 +51,7 @@ MS_SWIFT = {
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
     "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
-    "gkd_logits_topk": None,
+    "gkd_logits_topk": None, "offload_teacher_model": False,
     "mcore_model": None, "to_mcore": False, "to_hf": False, "adapters": [],
     "test_convert_precision": False, "test_convert_dtype": "float32", "exist_ok": False,
 }  # fmt: skip
@@ -63,6 +63,7 @@ OURS = {
     "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
+    "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05,  # of TRL, and the latter of ms-swift's own trainer
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
     "attention_backend": None, "gradient_accumulation_fusion": None,  # ms-swift: flash, and true where apex is installed
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one

@@ -145,6 +145,8 @@ def test_settings_that_cannot_work(words, message):
         ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --packing_length 9 --max_length 10", "packing_length 9 is less than max_length 10: a row must fit"),
+        ("rlhf --model m --dataset d --train_iters 1 --discopop_tau 0.1", "discopop_tau needs --loss_type discopop"),
+        ("rlhf --model m --dataset d --train_iters 1 --f_alpha_divergence_coef 0.1", "f_alpha_divergence_coef needs --f_divergence_type alpha_divergence"),
         ("infer", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct, or --adapters CHECKPOINT"),
         ("rollout", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct"),
         ("infer --adapters a b", "--adapters takes one checkpoint, got 2: a b"),
