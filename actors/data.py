@@ -168,7 +168,7 @@ class DataWorker:
             num_tokens=int(encoded.lengths.sum()),
             evaluation_rows=len(self.evaluation.units) if self.evaluation else 0,
             end_tokens=encoder.end_tokens(),
-            warnings=tuple(encoder.warnings(dataset.rows[0])),
+            warnings=(*encoder.warnings(dataset.rows[0]), *dataset.warnings()),
         )
 
 

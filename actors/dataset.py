@@ -69,6 +69,7 @@ class Dataset:
     def __init__(self, rows: Any, encoder: Encoder, *, num_proc: int, pack_tokens: int | None, shuffle_seed: int | None):
         """`rows`: a Hugging Face dataset; `pack_tokens`: of one pack; `shuffle_seed` None: as they were read."""
         self.rows, self.shuffle_seed, self.limit = rows, shuffle_seed, encoder.limit
+        self.pack_tokens = pack_tokens
         self.prompted = encoder.reads_prompts  # the last sequence of a row is its prompt
         self.answered = encoder.reads_answers
         self.responses: dict[int, np.ndarray] = {}  # [R] int32 by row: answers that were sampled
@@ -77,6 +78,12 @@ class Dataset:
         num_rows = len(self.encoded.sources)
         self.units = pack_rows(self.encoded.row_lengths, pack_tokens) if pack_tokens else [[row] for row in range(num_rows)]
         self.epoch, self.order = -1, np.zeros(0, np.int64)  # the order of one epoch: [U]
+
+    def warnings(self) -> list[str]:
+        """What its user should know of the packs."""
+        too_long = sum(length > self.pack_tokens for length in self.encoded.row_lengths) if self.pack_tokens else 0
+        text = f"{too_long} rows are longer than packing_length {self.pack_tokens}, all their sequences together: packs alone"
+        return [text] * bool(too_long)
 
     def row_at(self, position: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Of an unpacked dataset with prompts: the prompt's token ids [L] int32, and the row as it was read."""
@@ -228,7 +235,10 @@ def encode_rows(dataset: Any, encoder: Encoder, *, num_proc: int) -> EncodedRows
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Group rows into packs of at most `capacity` tokens with ms-swift's bin packing, over 1,000 rows at a time."""
+    """Group rows into packs of at most `capacity` tokens with ms-swift's bin packing, over 1,000 rows at a time.
+
+    A row that is longer, all its sequences together, is a pack alone.
+    """
     from swift.dataset.packing import PackingDataset, calculate_matched_group
 
     packs, waiting, step = [], [], PackingDataset.PACKING_BATCH_SIZE

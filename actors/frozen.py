@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from actors.megatron.rank import MegatronRank
@@ -13,6 +15,8 @@ from rlhf.records import RankInfo
 
 class Frozen(MegatronRank):
     """A model that stays as it is. A reference or teacher may have parallel sizes of its own."""
+
+    trains = False
 
     def __init__(
         self, config: Any, *, rank: int, world_size: int, role: Literal["reference", "teacher", "reward_model"] = "reference"
@@ -36,4 +40,25 @@ class Frozen(MegatronRank):
             )
             for parameter in self.model.module.parameters():
                 parameter.requires_grad_(False)
+            if self.waits:
+                self.leave_weights()
             return self._info()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in host memory but while it scores."""
+        return self.role == "teacher" and self.config.offload_teacher_model
+
+    @contextmanager
+    def weights_here(self) -> Iterator[None]:
+        """The weights are on the device meanwhile."""
+        if self.waits:
+            self.patiently(self.weights.come_back)
+        yield
+        if self.waits:
+            self.leave_weights()
+
+    def come_back(self) -> None:
+        """Undo `offload`. A model that waits elsewhere between its calls stays there."""
+        if not self.waits:
+            super().come_back()

@@ -20,7 +20,6 @@ PAIRED = ("dpo", "rm")  # tasks whose rows are two answers to one question
 RERANKERS = ("reranker", "generative_reranker")  # tasks that score documents for a query
 HEADED = ("rm", "seq_cls", *RERANKERS, "embedding")  # tasks on what the model says at a sequence's last token
 ROWS = ("pt", "sft", "dpo", "kto", "gkd", *HEADED)  # tasks that train on the dataset's rows
-PACKED = ("pt", "sft", "dpo", "kto", "gkd")  # tasks whose rows are put into packs of equal size
 INFER = ("infer", "eval")  # tasks that answer with a model as it is
 EXPORT = ("export",)
 ANSWERING = (*SAMPLED, *INFER)  # tasks with responses
@@ -161,7 +160,7 @@ class DataOptions:
     dataset: list[str] = reads([], "files or hub ids, each with an optional #ROWS")
     max_length: int | None = reads(
         None,
-        "longest row, or prompt, in tokens (default: the model's limit; with engines: less max_completion_length)",
+        "longest row, or prompt, in tokens (default: the model's limit, or a pack; with engines: less max_completion_length)",
         least=1,
     )
     truncation_strategy: Literal["delete", "left", "right"] | None = reads(
@@ -172,9 +171,12 @@ class DataOptions:
         tasks=TEXTS,
     )
     packing: bool = option(
-        False, "put several rows into packs of packing_length tokens; batch sizes then count packs", tasks=PACKED
+        False, "put rows into packs of packing_length tokens, once; batch sizes then count packs (where responses are sampled: "
+        "micro_batch_tokens is packing_length x micro_batch_size, and batch sizes count responses)"
     )
-    packing_length: int | None = option(None, "tokens of one pack (default: max_length)", tasks=PACKED, least=1)
+    packing_length: int | None = option(
+        None, "tokens of one pack; a longer row is one alone (default: max_length, with responses: of both)", least=1
+    )
     val_dataset: list[str] = option(
         [], "files or hub ids to evaluate on, every eval_steps; infer, eval: the same as dataset", tasks=(*ROWS, *INFER)
     )
@@ -321,6 +323,8 @@ class PreferenceOptions:
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = dpo(
         "reverse_kl", "divergence from the reference"
     )
+    f_alpha_divergence_coef: float = dpo(0.5, "alpha of alpha_divergence, as TRL's: near 1 reverse_kl, at 0 forward_kl")
+    discopop_tau: float = dpo(0.05, "temperature of loss_type discopop", above=0)
     desirable_weight: float = kto(1.0, "weight of desirable responses", least=0)
     undesirable_weight: float = kto(1.0, "weight of undesirable responses", least=0)
 
@@ -347,6 +351,7 @@ class GkdOptions:
     lmbda: float = gkd(0.5, "share of steps on the policy's own responses; 0: none, no engines", least=0, most=1)
     seq_kd: bool = gkd(False, "the other steps take the teacher's responses, sampled once a prompt, not the dataset's")
     sft_alpha: float = gkd(0.0, "weight of the cross entropy beside the divergence, on those other steps", least=0)
+    offload_teacher_model: bool = gkd(False, "the teacher's weights wait in host memory but while it gives its logits")
     gkd_logits_topk: int | None = gkd(None, "compare over the teacher's likeliest tokens only (default: over all)", least=1)
 
 

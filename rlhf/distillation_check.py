@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf.config import Config, reads_prompts
+from rlhf.config import Config
+from rlhf.counts import needs_teacher
 from rlhf.model_folder import ModelShape, read_shape
 
 
@@ -19,8 +20,8 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
         for name in ("seq_kd", "sft_alpha"):
             if getattr(config, name):
                 raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
-    if config.packing and reads_prompts(config):
-        raise ValueError("packing is for steps that all train on the rows as they are: give --micro_batch_tokens, or --lmbda 0")
+    if config.offload_teacher_model and not needs_teacher(config):
+        raise ValueError("offload_teacher_model has nothing to act on: with LoRA the policy itself is the teacher")
     folder = Path(config.teacher.model)
     teacher = read_shape(folder)
     if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:

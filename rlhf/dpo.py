@@ -36,6 +36,8 @@ def train_dpo(config: Config, roles: Roles, *, checkpoints: Checkpoints, **run: 
             beta=config.beta,
             label_smoothing=config.label_smoothing,
             f_divergence_type=config.f_divergence_type,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+            discopop_tau=config.discopop_tau,
             reference_free=config.reference_free,
             ld_alpha=config.ld_alpha,
             rpo_alpha=config.rpo_alpha,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples
+from rlhf.counts import data_ranks, frozen_group, needs_teacher, policy_ranks, row_sequences, samples
 from rlhf.engine_check import check_width
 from rlhf.layout_check import check_layout
 from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
@@ -70,7 +70,8 @@ def note(
     decided = {name: value for name, value in decided.items() if value is not False}
     if not decided:
         return None
-    frozen = [frozen_group(config)] * bool(frozen_shape) + ["reward model"] * bool(config.reward_model)
+    stays = frozen_shape is not None and not config.offload_teacher_model
+    frozen = [frozen_group(config)] * stays + ["reward model"] * bool(config.reward_model)
     who = f"policy and {' and '.join(frozen)} keep" if frozen else "the policy keeps"
     text = (
         f"{_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
@@ -85,9 +86,12 @@ def check_host(config: Config, shape: ModelShape, frozen_shape: ModelShape | Non
     """ValueError when a node has too little host memory (bytes) for what a completed config offloads."""
     needed = offloaded(config, shape, frozen_shape)
     if needed > host_memory:
+        changes = [f"{name} false" for name in ("offload_teacher_model", "optimizer_cpu_offload") if getattr(config, name)]
+        if shares_gpus(config):
+            changes.append("offload_model false, offload_optimizer false and a lower vllm_gpu_memory_utilization")
         raise ValueError(
             f"offloading needs about {_gib(needed)} GiB of a node's host memory, there are {_gib(host_memory)}: give "
-            "offload_model false, offload_optimizer false and a lower vllm_gpu_memory_utilization, or use more nodes"
+            f"{', '.join(changes)}, or use more nodes"
         )
 
 
@@ -142,9 +146,11 @@ def _problem(
 ) -> tuple[str | None, int]:
     """The first thing of the completed config that does not fit, in words, and the most bytes that anything lacks.
 
-    Micro batches of so many rows count only where all rows are the `longest`: most are shorter.
+    Micro batches of so many rows, and rows longer than a pack, count only where all rows are the `longest`: most are shorter.
     """
     config = complete(config, shape, frozen_shape, gpu_memory)
+    if config.packing and not longest:
+        config = replace(config, max_length=config.packing_length // row_sequences(config))
     texts, lacking = [], 0
     for phase, held in holdings(config, shape, frozen_shape, gpu_memory).items():
         if not (longest or config.micro_batch_tokens or config.packing):
@@ -191,6 +197,8 @@ def _changes(
     if shares_gpus(config):
         refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
         yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
+    if needs_teacher(config) and not config.offload_teacher_model:
+        yield [{"offload_teacher_model": True}]
     if config.vllm_gpu_memory_utilization is not None:
         left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, frozen_shape, gpu_memory)
         yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]

@@ -186,7 +186,7 @@ def gkd_loss(
 
 
 def logprob_sums(logprobs: torch.Tensor, batch: MicroBatch, *, ld_alpha: float | None = None) -> torch.Tensor:
-    """Logprobs of each sequence's trained tokens under the policy and under the reference (0 without one): [T] -> [B, 2].
+    """Logprobs of each sequence's trained tokens under the policy and the reference (0 without one): [T] -> [B, 2] float64.
 
     Tokens count once whatever their loss scale, those beyond the shorter response of a pair with `ld_alpha`.
     """
@@ -205,7 +205,8 @@ def logprob_sums(logprobs: torch.Tensor, batch: MicroBatch, *, ld_alpha: float |
 
 
 def sequence_sums(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """[T] -> [B]."""
+    """[T] -> [B] float64: sums of policy and reference are close to each other, and a loss is of their difference."""
+    values = values.double()
     return values.new_zeros(len(batch.sequence_weights)).index_add(0, batch.sequence_ids, values)
 
 

@@ -140,8 +140,10 @@ def longest_sequence(config: Config) -> int:
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Tokens of the fullest micro batch: a row (of a preference: the pair) longer than the budget makes one alone."""
-    longest = config.packing_length if config.packing else longest_sequence(config) * row_sequences(config)
+    """Tokens of the fullest micro batch: a row (of a preference: the pair) longer than the budget, or a pack, is one alone."""
+    longest = longest_sequence(config) * row_sequences(config)
+    if config.packing:
+        longest = max(config.packing_length, longest)
     return max(config.micro_batch_tokens, longest) if config.micro_batch_tokens else config.micro_batch_size * longest
 
 

@@ -1,7 +1,8 @@
 """What a GPU holds while policy, frozen models and engines take turns on it: a prediction made of `rlhf.memory`'s sizes.
 
 A step has three phases: "train" (logprobs and updates; the engine sleeps), "push" (weights of policy and engine side by side, no
-gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload).
+gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload). A teacher that is
+on the GPU for its logits alone has a fourth, "teacher".
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
 
     In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
-    there is "train" alone.
+    there is "train" alone, and "teacher" with `offload_teacher_model`.
     """
     policy = policy_memory(config, shape)
     beside = {f"{frozen_group(config)} weights": frozen_memory(config, frozen_shape) if frozen_shape else None}
@@ -52,27 +53,31 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
         "policy weights": policy.weights,
         "optimizer state": policy.optimizer,
     }
-    ranks |= {name: memory.weights for name, memory in frozen.items()}
     gradients = {"gradients": policy.gradients}
-    work = max(memory.activations for memory in (policy, *frozen.values()))
-    activations = {f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens": work}
-    train = ranks | gradients | activations
+    doing = f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens"
+    alone = {}  # what a teacher that does not stay has to itself
+    if config.offload_teacher_model:
+        ((name, teacher),) = frozen.items()
+        alone["teacher"] = ranks | gradients | {name: teacher.weights, doing: teacher.activations}
+        frozen = {}
+    ranks |= {name: memory.weights for name, memory in frozen.items()}
+    train = ranks | gradients | {doing: max(memory.activations for memory in (policy, *frozen.values()))}
     if not samples(config):
-        return {"train": train}
+        return {"train": train} | alone
     widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
     largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
     others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)} | ({"engine's contexts": others} if others else {})
     if not shares_gpus(config):
-        return {"train": train, "push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
+        pushing = {"push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
+        return {"train": train} | alone | pushing
     asleep = {"sleeping engine": ENGINE_RESIDUE + others}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     frozen_away = set(frozen) if config.offload_model else set()
     policy_away = {"policy weights"} if config.offload_model else set()
     loaded = {"engine weights": engine_memory(config, shape).weights}
-    return {
-        "train": train | asleep,
+    return {phase: held | asleep for phase, held in ({"train": train} | alone).items()} | {
         "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
         "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,
     }
@@ -88,7 +93,7 @@ def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None
     if config.optimizer_cpu_offload:
         there = optimizer_bytes(config, shape) - policy.optimizer
         size += there // optimizer_state_bytes(config) * OFFLOADED_STATE
-    if frozen_shape and config.offload_model:
+    if frozen_shape and (config.offload_model or config.offload_teacher_model):
         size += frozen_memory(config, frozen_shape).weights
     if config.reward_model is not None and config.offload_model:
         size += reward_model_memory(config).weights

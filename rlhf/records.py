@@ -137,7 +137,7 @@ class MicroBatch:
     ref_logprobs: torch.Tensor | None = None  # [T] float32
     divergences: torch.Tensor | None = None  # [T] float32, with gradient: from the teacher, of each trained token
     teacher_kl: torch.Tensor | None = None  # [T] float32: KL(teacher || policy) of each trained token
-    batch_values: torch.Tensor | None = None  # [S, ...] float32 by key: what `sequence_values` gave for the whole global batch
+    batch_values: torch.Tensor | None = None  # [S, ...] by key: what `sequence_values` gave for the whole global batch
 
 
 @dataclass(frozen=True, kw_only=True)

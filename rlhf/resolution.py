@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts
 from rlhf.counts import samples
+from rlhf.memory import longest_sequence
 from rlhf.model_folder import ModelShape
 
 ENGINE_SHARE = 0.9  # of a GPU that is an engine's own
@@ -80,7 +81,7 @@ def _resolve_engines(config: Config, shape: ModelShape | None) -> Config:
 def _resolve_rows(config: Config, limit: int | None) -> Config:
     if reads_prompts(config):
         config = _resolve_lengths(config, limit)
-    max_length = config.max_length or limit
+    max_length = config.max_length or min(filter(None, (limit, config.packing_length)), default=None)
     return replace(
         config,
         max_length=max_length,
@@ -130,11 +131,21 @@ def _resolve_lengths(config: Config, limit: int | None) -> Config:
     room = config.vllm_max_model_len or limit
     max_length = config.max_length or (max(room - config.max_completion_length, 1) if room else None)
     longest = max_length + config.max_completion_length if max_length else None
-    return replace(
+    config = replace(
         config,
         max_length=max_length,
         vllm_max_model_len=config.vllm_max_model_len or (min(longest, limit) if longest and limit else None),
     )
+    return _packed_at_each_step(config) if config.packing else config
+
+
+def _packed_at_each_step(config: Config) -> Config:
+    """Packs of responses cannot be made before these are sampled: `packing` becomes a token budget of micro batches."""
+    length = config.packing_length or (longest_sequence(config) if config.max_length or config.vllm_max_model_len else None)
+    if length is None:
+        raise ValueError("packing needs --packing_length: the model does not say how long its sequences may be")
+    budget = config.micro_batch_size * length
+    return replace(config, packing=False, packing_length=None, micro_batch_size=1, micro_batch_tokens=budget)
 
 
 def _generation_batch(config: Config) -> tuple[int, int]:

@@ -144,8 +144,8 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
             print(f"{resumed.folder} is already at step {start} of {total}: nothing is left to train")
         if resumed.state["num_rows"] != roles.data.num_rows:
             raise ValueError(
-                f"{resumed.folder} was saved with {resumed.state['num_rows']} rows an epoch, the dataset now has "
-                f"{roles.data.num_rows}: resume with the same dataset, or start a new run with --model {resumed.folder}"
+                f"{resumed.folder} was saved with {resumed.state['num_rows']} rows (or packs) an epoch, the dataset now has "
+                f"{roles.data.num_rows}: resume with the same dataset and packing, or start a new run: --model {resumed.folder}"
             )
         roles.data.position = resumed.state["position"]
         roles.policy.on_all("load", str(resumed.folder))

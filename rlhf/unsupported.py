@@ -47,7 +47,7 @@ _REASONS: dict[str, str] = {
         use_precision_aware_optimizer=false main_grads_dtype=fp32 main_params_dtype=fp32 exp_avg_dtype=fp32
         exp_avg_sq_dtype=fp32 accumulate_allreduce_grads_in_fp32=true""",
     "this kind of offloading is not supported yet": """
-        optimizer_cuda_graph=false offload_bridge=false offload_teacher_model=false move_model_batches""",
+        optimizer_cuda_graph=false offload_bridge=false move_model_batches""",
     "the optimizer is Adam": """
         optimizer=adam sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
         muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor muon_scalar_optimizer muon_lr

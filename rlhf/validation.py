@@ -109,6 +109,10 @@ def _check_loss(config: Config) -> None:
         return
     if config.loss_type not in known:
         raise ValueError(f"loss_type {config.loss_type!r} of {config.task}: choose from {', '.join(known)}")
+    if config.f_alpha_divergence_coef != 0.5 and config.f_divergence_type != "alpha_divergence":
+        raise ValueError("f_alpha_divergence_coef needs --f_divergence_type alpha_divergence")
+    if config.discopop_tau != 0.05 and config.loss_type != "discopop":
+        raise ValueError("discopop_tau needs --loss_type discopop")
     if config.task in ("dpo", "kto") and not config.beta:
         raise ValueError(f"beta 0 would make {config.task} learn nothing: it scales the rewards; 0.1 is usual")
     if config.task == "kto" and config.loss_type == "kto" and config.global_batch_size < 2:

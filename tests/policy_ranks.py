@@ -86,6 +86,7 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
         "deterministic": False,
         "offload_model": False,
         "offload_optimizer": False,
+        "offload_teacher_model": False,
         "megatron": {},
         "environment": {},
         "num_labels": None,
@@ -141,6 +142,11 @@ class PolicyHost:
         policy.training.zero_gradients()
         policy._run(policy._packed(shard, old, ref, batch_values), loss, teacher, backward=True)
         return {name: parameter.main_grad.numpy().copy() for name, parameter in policy.training.module.named_parameters()}
+
+    def weight_bytes(self) -> int:
+        """Of the storages that the model is on."""
+        storages = {id(p): p.untyped_storage() for p in self.held.model.module.parameters()}
+        return sum(storage.nbytes() for storage in storages.values())
 
     def host_bytes(self) -> int:
         """Of the host memory that the optimizer's state goes to."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import Config
+from rlhf.config import ALL, Config
 from rlhf.options import ALIASES, COMMANDS, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
@@ -52,7 +52,7 @@ MS_SWIFT = {
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
     "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
-    "gkd_logits_topk": None,
+    "gkd_logits_topk": None, "offload_teacher_model": False,
     "mcore_model": None, "to_mcore": False, "to_hf": False, "adapters": [],
     "test_convert_precision": False, "test_convert_dtype": "float32", "exist_ok": False,
 }  # fmt: skip
@@ -64,6 +64,7 @@ OURS = {
     "infer_backend": "vllm", "result_path": None,  # of `swift infer`, which has others by default
     "loss_scale": None,  # ms-swift: default, for rlhf last_round
     "ld_alpha": None,  # of ms-swift's own trainer, not of its Megatron one
+    "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05,  # of TRL, and the latter of ms-swift's own trainer
     "vllm_mode": "colocate",  # ms-swift: None, which it refuses
     "attention_backend": None, "gradient_accumulation_fusion": None,  # ms-swift: flash, and true where apex is installed
     "resume_from_checkpoint": None,  # of ms-swift's own trainer, not of its Megatron one
@@ -272,7 +273,8 @@ def test_a_submitted_job_keeps_its_output_outside_the_copied_folder(monkeypatch)
 def test_help_lists_the_options_of_a_task_with_their_defaults():
     grpo, sft, dpo = help_text("grpo"), help_text("sft"), help_of(["rlhf", "--help"])
     assert "--num_generations INT" in grpo and "--num_generations" not in sft
-    assert "--packing BOOL" in sft and "--packing BOOL" not in grpo
+    assert "--split_dataset_ratio" in sft and "--split_dataset_ratio" not in grpo
+    assert all("--packing BOOL" in help_text(task) for task in ALL) and "--packing BOOL" not in help_text("infer")
     assert "--label_smoothing" in dpo and "--label_smoothing" not in grpo
     assert "  --global_batch_size INT" in sft and "[16]" in next(
         line for line in sft.splitlines() if "--global_batch_size INT" in line

@@ -10,12 +10,12 @@ import pytest
 from rlhf.config import Config, TeacherRole
 from rlhf.counts import frozen_group, rollout_engines, samples
 from rlhf.devices import Devices
-from rlhf.fit import fit
+from rlhf.fit import check_host, fit, refusal
 from rlhf.gkd import is_on_policy
-from rlhf.memory import shapes
+from rlhf.memory import frozen_memory, policy_memory, shapes
 from rlhf.model_folder import read_shape
 from rlhf.options import load_config, parse
-from rlhf.phases import phases
+from rlhf.phases import offloaded, phases
 from rlhf.plan import plan, render
 from rlhf.resolution import resolve
 from tests.model_json import QWEN25_7B, write_model
@@ -117,8 +117,9 @@ def test_a_policy_with_an_adapter_needs_no_group_to_be_its_own_teacher(student, 
     lora = ("--tuner_type", "lora")
     assert frozen_group(load(student, student, *lora)) is None
     assert frozen_group(load(student, teacher, *lora)) == frozen_group(load(student, student)) == "teacher"
-    with pytest.raises(ValueError, match="--teacher.nproc has nothing to act on: with LoRA the policy itself is the teacher"):
-        load(student, student, *lora, "--teacher.nproc", "1")
+    for option, value in (("teacher.nproc", "1"), ("offload_teacher_model", "true")):
+        with pytest.raises(ValueError, match=f"{option} has nothing to act on: with LoRA the policy itself is the teacher"):
+            load(student, student, *lora, f"--{option}", value)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_policy_with_an_adapter_needs_no_group_to_be_its_own_teacher(student, 
         ("--lmbda 1 --seq_kd true", "seq_kd is for steps on other responses than the policy's own: lmbda 1 has none"),
         ("--lmbda 1 --sft_alpha 0.1", "sft_alpha is for steps on other responses"),
         ("--lmbda 2", "--lmbda must be at most 1"),
-        ("--packing true", "packing is for steps that all train on the rows as they are"),
+        ("--packing true --micro_batch_tokens 900", "give --packing or --micro_batch_tokens, not both"),
         ("--gkd_logits_topk 700", "gkd_logits_topk 700 is more than the teacher's 640 tokens"),
         ("--teacher.tensor_model_parallel_size 3", "teacher.tensor_model_parallel_size 3 does not divide the model's 28"),
         ("--teacher.nproc 2", "teacher.nproc 2 is more than the 1 policy ranks whose places it shares"),
@@ -207,6 +208,32 @@ def test_the_teacher_is_counted_in_every_phase(tmp_path):
     away = replace(config, offload_model=True)
     assert peaks["generate"] - phases(away, *shapes(away), gpu)["generate"] == weights + 2 * 7_615_616_512
     assert shapes(own)[1] is None and fit(own, *shapes(own), gpu)
+
+
+def test_a_teacher_that_waits_in_host_memory_is_counted_where_it_is(tmp_path):
+    student = write_model(tmp_path / "student", QWEN25_7B)
+    teacher = write_model(tmp_path / "teacher", QWEN25_7B | {"num_hidden_layers": 14})
+    base = Config(
+        task="gkd", model=str(student), dataset=["d"], train_iters=3, nproc_per_node=1, max_length=512,
+        vllm_gpu_memory_utilization=0.3, teacher=TeacherRole(model=str(teacher)), micro_batch_tokens=1024,
+    )  # fmt: skip
+    config = resolve(base, read_shape(student))
+    config, gpu = replace(config, offload_model=False, offload_optimizer=False), 300 * GIB
+    waits = replace(config, offload_teacher_model=True)
+    weights = 2 * read_shape(teacher).num_parameters()
+    stays, away = phases(config, *shapes(config), gpu), phases(waits, *shapes(waits), gpu)
+    assert {phase: stays[phase] - away[phase] for phase in stays} == dict.fromkeys(stays, weights)
+    scores = frozen_memory(config, read_shape(teacher)).activations
+    policy = policy_memory(config, read_shape(student))
+    assert away["teacher"] == away["train"] + weights + scores - policy.activations
+    both = replace(waits, offload_model=True)
+    assert offloaded(waits, *shapes(waits)) == weights == offloaded(both, *shapes(both)) - policy.weights
+    with pytest.raises(ValueError, match="a node's host memory, there are 1.0: give offload_teacher_model false, offload_model"):
+        check_host(waits, *shapes(waits), GIB)
+    rows_only = replace(config, lmbda=0.0)
+    tight = phases(rows_only, *shapes(rows_only), gpu)["train"] - 1
+    assert "offload_teacher_model true; or " in refusal(rows_only, *shapes(rows_only), tight)
+    assert set(phases(replace(rows_only, offload_teacher_model=True), *shapes(rows_only), gpu)) == {"train", "teacher"}
 
 
 def test_the_plan_says_what_the_teachers_logits_take(tmp_path):

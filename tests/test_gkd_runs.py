@@ -55,9 +55,9 @@ def evaluations(folder: Path) -> list[dict]:
 
 
 def test_a_student_comes_nearer_on_held_out_rows_without_engines(models, tmp_path):
-    """The teacher is split over two ranks, the student is not."""
+    """The teacher is split over two ranks, the student is not, and waits in host memory between its logits."""
     options = {"lmbda": 0, "train_iters": 12, "split_dataset_ratio": 0.2, "eval_steps": 12, "sft_alpha": 0.1, "lr": 1e-2}
-    options |= {"nproc_per_node": 2, "teacher.tensor_model_parallel_size": 2}
+    options |= {"nproc_per_node": 2, "teacher.tensor_model_parallel_size": 2, "offload_teacher_model": "true"}
     steps = run(*gkd(models, rows(tmp_path / "rows.jsonl"), tmp_path, "rows", **options), log=tmp_path / "rows.log")
     assert [step["on_policy"] for step in steps] == [0] * 12
     assert "weight_version" not in steps[0] and "response_length" not in steps[0]

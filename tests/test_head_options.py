@@ -78,7 +78,7 @@ def test_the_task_and_its_head(words, task, head, loss):
         ("sft --task_type embeding --model m", "--task_type embeding: choose from causal_lm, seq_cls, embedding, reranker,"),
         ("sft --task_type embedding --model m --loss_type sigmoid", "loss_type 'sigmoid' of embedding: choose from infonce,"),
         ("sft --model m --num_labels 2", "--num_labels is not used by sft; it belongs to seq_cls"),
-        ("sft --task_type reranker --model m --packing true", "--packing is not used by reranker; it belongs to pt,"),
+        ("sft --task_type reranker --model m --packing true --packing_length 9 --max_length 10", "packing_length 9 is less than"),
         ("rlhf --rlhf_type dpo --model m --center_rewards_coefficient 1", "--center_rewards_coefficient is not used by dpo"),
         (
             "sft --task_type seq_cls --model m --num_labels 1 --problem_type single_label_classification",

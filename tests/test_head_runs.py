@@ -28,7 +28,7 @@ def asked(a: int, text: str) -> dict:
     }
 
 
-def arguments(task: str, model: Path, folder: Path, name: str) -> list:
+def arguments(task: str, model: Path, folder: Path, name: str, **more) -> list:
     rows = folder / f"{task}.jsonl"
     rows.write_text("".join(json.dumps(asked(a, f"{2 * a} is the answer")[task]) + "\n" for a in range(40)))
     options = {
@@ -36,7 +36,7 @@ def arguments(task: str, model: Path, folder: Path, name: str) -> list:
         "run_name": name, "global_batch_size": 8, "micro_batch_size": 2, "train_iters": 5, "save_steps": 2, "eval_steps": 2,
         "lr": 1e-3, "nproc_per_node": 2, "cpus_per_rank": 0.5, "deterministic": "true", "report_to": "none", "logging_steps": 1,
     }  # fmt: skip
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    words = [word for key, value in (options | more).items() for word in (f"--{key}", value)]
     return ["rlhf", "--rlhf_type", "rm", *words] if task == "rm" else ["sft", "--task_type", task, *words]
 
 
@@ -46,9 +46,11 @@ def lines(file: Path) -> list[dict]:
 
 
 def test_a_killed_reward_model_goes_on_bit_for_bit(model, tmp_path):
-    status, output = command.run(*arguments("rm", model, tmp_path, "whole"), log=tmp_path / "whole.log")
+    """On packs of two pairs or more, of which it sees some a second time."""
+    packs = {"packing": "true", "packing_length": 200, "global_batch_size": 4}
+    status, output = command.run(*arguments("rm", model, tmp_path, "whole", **packs), log=tmp_path / "whole.log")
     assert status == 0, output
-    words, log = arguments("rm", model, tmp_path, "killed"), tmp_path / "killed.log"
+    words, log = arguments("rm", model, tmp_path, "killed", **packs), tmp_path / "killed.log"
     process = command.start(*words, log=log)
     command.wait_until(lambda: len(command.metrics(tmp_path / "killed")) >= 3, process, log=log)
     process.send_signal(signal.SIGKILL)
@@ -57,8 +59,9 @@ def test_a_killed_reward_model_goes_on_bit_for_bit(model, tmp_path):
     assert status == 0, output
     for file in ("metrics.jsonl", "evaluations.jsonl"):
         assert lines(tmp_path / "killed" / file) == lines(tmp_path / "whole" / file)
-    evaluations = lines(tmp_path / "whole" / "evaluations.jsonl")
+    evaluations, steps = (lines(tmp_path / "whole" / name) for name in ("evaluations.jsonl", "metrics.jsonl"))
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5] and "rewards/accuracies" in evaluations[0]
+    assert steps[-1]["epoch"] > 1 and all(400 < row["tokens"] <= 800 for row in steps)
     weights = [load_file(tmp_path / name / "checkpoint-5" / "model.safetensors") for name in ("whole", "killed")]
     assert weights[0]["score.weight"].shape == (1, 64)
     for tensor, value in weights[0].items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from tests.policy_ranks import nll_loss, policy_config, random_rows, shards_of
 from tests.tiny import make_tiny_model
 
-ROWS = 8
+ROWS, VOCABULARY = 8, 512
 SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
 LAYOUTS = {
     "dp2": {"use_distributed_optimizer": True},
@@ -67,3 +69,35 @@ def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_pat
     assert (first, second) == (first_again, second_again)
     assert all((scored[key] == scored_again[key]).all() for key in scored)
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}])
+def test_a_teacher_that_waits_in_host_memory_gives_the_same_logits_again_and_again(hosts, model, layout):
+    """It comes for its logits alone, also where others are let in on its device and out again."""
+    rows = random_rows(ROWS)
+    shards = shards_of(rows, ray.put(rows), SPLITS[1])
+    role = SimpleNamespace(model=str(model), pipeline_model_parallel_size=None, nproc=None)
+
+    def group_of(offload: bool):
+        role.tensor_model_parallel_size = layout.get("tensor_model_parallel_size")
+        config = policy_config(model, task="gkd", teacher=role, offload_teacher_model=offload, offload_model=True)
+        return hosts.start(config, 1 + bool(layout), frozen="teacher", keep=True)
+
+    def held(group) -> list[int]:
+        return ray.get([actor.weight_bytes.remote() for actor in group.actors])
+
+    def logits(group) -> list[bytes]:
+        parts = group.call("token_logits", shards[0], VOCABULARY, None)
+        return [value.values.tobytes() for _, part in parts for value in ray.get(list(part.values()))]
+
+    stays = group_of(False)
+    expected, whole = logits(stays), held(stays)
+    assert min(whole) > 0 and len(expected) == ROWS * len(whole)
+    group = group_of(True)
+    assert held(group) == [0] * len(whole)
+    for _ in range(2):
+        assert logits(group) == expected
+        assert held(group) == [0] * len(whole)
+        group.call("leave_device", True)
+        group.call("enter_device")
+        assert held(group) == [0] * len(whole)

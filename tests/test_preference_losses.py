@@ -84,11 +84,11 @@ def trl_dpo(logits: torch.Tensor, *loss_types: str, **options) -> tuple[torch.Te
         beta=BETA, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, ld_alpha=None,
         loss_weights=[1.0],
     ) | options  # fmt: skip
+    args = SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=settings.pop("discopop_tau", 0.05))
     trainer = SimpleNamespace(
         model=Given(logits), ref_model=Given(REF_LOGITS.to(logits.dtype)), accelerator=ALONE, loss_types=loss_types,
         use_weighting=False, precompute_ref_logps=False, _truncate_inputs=lambda *inputs: inputs, _total_train_tokens=0,
-        _metrics={"train": defaultdict(list)}, args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.05),
-        **settings,
+        _metrics={"train": defaultdict(list)}, args=args, **settings,
     )  # fmt: skip
     inputs = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), completion_mask=MASK.long())
     loss = DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
@@ -139,6 +139,24 @@ def test_f_divergences_equal_those_of_trl(loss_type, divergence):
     theirs, _ = trl_dpo(logits, loss_type, **options)
     ours = our_dpo(logits, loss_type, **options)
     assert_same_loss_and_gradient(ours.mean(), theirs, logits)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        ("discopop", {"discopop_tau": 0.02}),
+        ("discopop", {"discopop_tau": 0.5}),
+        ("sigmoid", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2}),
+        ("sigmoid", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5}),
+        ("apo_down", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}),
+    ],
+)
+def test_coefficients_mean_what_they_mean_in_trl(loss_type, options):
+    logits = policy_logits(scale=0.2).detach().float().requires_grad_()  # TRL has no float64 for alpha_divergence
+    theirs, _ = trl_dpo(logits, loss_type, **options)
+    at_default, _ = trl_dpo(logits, loss_type, **options | {"f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05})
+    assert abs(theirs.item() - at_default.item()) > 1e-4
+    assert_same_loss_and_gradient(our_dpo(logits, loss_type, **options).mean(), theirs, logits)
 
 
 @pytest.mark.parametrize("loss_type", [name for name in DPO_LOSS_TYPES if name not in ("sft", "ipo", "bco_pair")])

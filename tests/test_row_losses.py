@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf.batching import row_shards
 from rlhf.config import Config
 from rlhf.data import RowBatch
 from rlhf.dpo import train_dpo
@@ -22,7 +21,8 @@ from tests.tiny import make_tiny_model
 
 PAIRS = 6
 BETA = 0.3
-SPLITS = [(1, 6), (1, 3), (1, 1), (2, 3), (2, 1)]  # data ranks, pairs of a micro batch
+SPLITS = [(1, 6), (1, 3), (1, 1), (2, 3), (2, 1), (1, "packs"), (2, "packs")]  # data ranks, pairs of a micro batch
+PACKS = [[0, 3], [1], [2, 4], [5]]  # pairs, or rows of two sequences of theirs
 TASKS = [
     ("sft", None), ("kto", "kto"), ("kto", "apo_zero_unpaired"), ("dpo", "sigmoid"), ("dpo", "ipo"), ("dpo", "bco_pair"),
     ("dpo", "aot"), ("dpo", "aot_unpaired"), ("dpo", "sft"), ("dpo", "sigmoid+rpo+ld"),
@@ -82,17 +82,21 @@ def work(local_ray, tmp_path_factory):
     return SimpleNamespace(folder=folder, rows=rows, source=ray.put(rows), ref=ref)
 
 
-def batch_of(work, task: str) -> RowBatch:
+def batch_of(work, task: str, *, packed: bool) -> RowBatch:
     """Pairs for dpo; for kto each sequence with the one after it as its mismatched one; for sft single sequences."""
     count = 2 * PAIRS
     paired = [[[2 * i, 2 * i + 1]] for i in range(PAIRS)]
     single = [[[i]] for i in range(count)]
     mismatched = [[[i, (i + 1) % count]] for i in range(count)]
+    units = {"dpo": paired, "kto": mismatched, "sft": single}[task]
+    if packed:
+        rows = len(units) // PAIRS  # that make up a pair
+        units = [[row for pair in pack for (row,) in units[pair * rows : (pair + 1) * rows]] for pack in PACKS]
     summary = RowSummary(
         lengths=[len(ids) for ids in work.rows.token_ids],
         trained=[int(mask.sum()) for mask in work.rows.loss_masks],
         targets=[(float(i % 3 != 0),) for i in range(count)],
-        units={"dpo": paired, "kto": mismatched, "sft": single}[task],
+        units=units,
     )
     return RowBatch(tokens=work.source, summary=summary)
 
@@ -105,10 +109,11 @@ def config_of(task: str, loss_type: str | None, micro_batch: int) -> Config:
     return Config(task=task, beta=BETA, eval_steps=10, loss_scale="default", **batch, **options)
 
 
-def one_step(work, policy, task: str, loss_type: str | None, micro_batch: int) -> OneStep:
-    step = OneStep(policy, work.ref, batch_of(work, task))
+def one_step(work, policy, task: str, loss_type: str | None, micro_batch: int | str) -> OneStep:
+    packed = micro_batch == "packs"
+    step = OneStep(policy, work.ref, batch_of(work, task, packed=packed))
     loop = {"sft": train_sft, "dpo": train_dpo, "kto": train_kto}[task]
-    config = config_of(task, loss_type, micro_batch if task == "dpo" else 2 * micro_batch)
+    config = config_of(task, loss_type, 1 if packed else micro_batch if task == "dpo" else 2 * micro_batch)
     loop(config, step, log=step, checkpoints=step, start=1, total=2)
     return step
 
@@ -129,13 +134,20 @@ def measured(work, hosts):
 
 @pytest.mark.parametrize("pair", TASKS, ids=lambda pair: pair[1] or pair[0])
 def test_loss_and_gradients_do_not_depend_on_the_split(measured, pair):
+    """Within 1e-6 of the largest gradient, in float32.
+
+    What is left comes from the matrix products of the model, whose order of summation follows the length of a micro batch: with a
+    fixed loss, linear in the logprobs, the same splits differ by 4e-7 to 1e-6, most in the embedding. The gradients that these
+    losses hand to the logprobs differ by at most 3.3e-7, since logprobs are summed and compared in float64; in float32 the
+    gradients of the weights differed by 1.4e-6 (ipo).
+    """
     first, *others = measured[pair].values()
     assert len(others) == len(SPLITS) - 1
     largest = np.abs(first.gradients).max()
     assert largest > 1e-4
     for other in others:
-        assert np.abs(other.gradients - first.gradients).max() <= 2e-6 * largest  # float32: 5e-7 to 1.4e-6
-        assert other.metrics == pytest.approx(first.metrics, abs=2e-6)
+        assert np.abs(other.gradients - first.gradients).max() <= 1e-6 * largest
+        assert other.metrics == pytest.approx(first.metrics, abs=1e-6)
 
 
 @pytest.mark.parametrize("pair", TASKS, ids=lambda pair: pair[1] or pair[0])
@@ -204,13 +216,3 @@ def expected_loss(work, task: str, loss_type: str | None, logprobs):
         margins.append(BETA * (c - r))
     margin = torch.stack(margins)
     return -(0.9 * log_sigmoid(margin) + 0.1 * log_sigmoid(-margin)).mean() + 0.7 * nll
-
-
-def test_a_packed_batch_weighs_every_pair_alike(work):
-    batch = batch_of(work, "dpo")
-    units = [[batch.summary.units[0][0], batch.summary.units[1][0]], *batch.summary.units[2:]]
-    packed = RowBatch(tokens=batch.tokens, summary=RowSummary(**(vars(batch.summary) | {"units": units})))
-    (shard,) = row_shards(packed, config_of("dpo", "sigmoid", 8), data_size=1, weigh="rows")
-    (micro_batch,) = shard.micro_batches
-    assert [ref.weight for ref in micro_batch] == [1 / PAIRS] * 2 * PAIRS
-    assert sorted(ref.key for ref in micro_batch) == list(range(2 * PAIRS))

@@ -22,10 +22,11 @@ class Offload:
         self.host: torch.Tensor | None = None  # uint8, kept: to lock its pages takes seconds
         self.away: list[tuple[torch.UntypedStorage, int]] = []  # and the bytes of each
 
-    def leave(self, tensors: Iterable[torch.Tensor], *, later: int = 0) -> None:
+    def leave(self, tensors: Iterable[torch.Tensor], *, later: int = 0, unchanged: bool = False) -> None:
         """Move the storages of `tensors` to host memory; until `come_back` nothing may touch them. Nothing if away.
 
-        `later`: bytes that will come with them another time.
+        `later`: bytes that will come with them another time. `unchanged`: these tensors are what they were when they left the
+        last time, so that host memory, if they did, still has their bytes.
         """
         import torch
 
@@ -34,11 +35,12 @@ class Offload:
         here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == self.platform.device.type]
         by_address = {storage.data_ptr(): storage for storage in here if storage.nbytes()}  # views share one
         size = sum(storage.nbytes() for storage in by_address.values())
+        there = unchanged and self.host is not None
         if size + later and (self.host is None or self.host.numel() < size):
             self.host = None  # give its memory back before taking more
             self.host = self.platform.host_memory(size + later)
         self.away = [(storage, storage.nbytes()) for storage in by_address.values()]
-        for source, target in self._pairs():
+        for source, target in [] if there else self._pairs():
             target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
         for storage, _ in self.away:

@@ -40,6 +40,7 @@ MEMORY_RETURNS = 15.0  # seconds after which the driver has freed the memory of 
 class MegatronRank:
     """One process of a group that holds a model together."""
 
+    trains = True  # the weights change
     model: Model
     module: torch.nn.Module  # what is called: Megatron's DDP around the model, or the model itself
 
@@ -105,7 +106,7 @@ class MegatronRank:
 
         with self.doing("token_logits"):
             batches = self._packed(shard)
-            with adapter_disabled(self.model) if reference else nullcontext():
+            with self.weights_here(), adapter_disabled(self.model) if reference else nullcontext():
                 kept = run_micro_batches(self.module, batches, output_logits, backward=False)
             self.platform.release_memory()  # to the policy, on whose device this may be
             if not parallel_state.is_pipeline_last_stage():
@@ -116,7 +117,7 @@ class MegatronRank:
     def sequence_values(
         self, shard: Shard, values: SequenceValues, ref: list[ObjectRef] | None = None, reference: bool = False
     ) -> tuple[None, dict[int, np.ndarray] | None]:
-        """Per sequence key what `values` makes of the model's output, [K] float32, without gradient; otherwise as `logprobs`."""
+        """Per sequence key what `values` makes of the model's output, [K] of its dtype, without gradient; else as `logprobs`."""
         from actors.megatron.forward_backward import run_micro_batches
         from actors.megatron.lora import adapter_disabled
         from actors.megatron.parallel import returns_results
@@ -131,7 +132,7 @@ class MegatronRank:
                 results = run_micro_batches(self.module, batches, output_values, backward=False)
             if not returns_results():
                 return None, None
-            rows = zip(batches, (result.float().cpu().numpy() for result in results))
+            rows = zip(batches, (result.cpu().numpy() for result in results))
             return None, {ref.key: row[i] for batch, row in rows for i, ref in enumerate(batch.sequences)}
 
     def leave_device(self, weights: bool) -> None:
@@ -142,22 +143,36 @@ class MegatronRank:
             peak_gib()  # from here on that of the next phase
 
     def enter_device(self) -> None:
-        """Bring back what left. An engine that has just died may still hold memory: that is waited for."""
-        deadline = time.monotonic() + MEMORY_RETURNS
+        """Bring back what left."""
         with self.doing("enter_device"):
-            while True:
-                try:
-                    return self.come_back()
-                except RuntimeError as error:
-                    if "out of memory" not in str(error) or time.monotonic() > deadline:
-                        raise
-                    self.platform.release_memory()
-                    time.sleep(0.5)
+            self.patiently(self.come_back)
+
+    def patiently(self, come_back: Callable[[], None]) -> None:
+        """Call it until there is memory: an engine that has just died may still hold some, and that is waited for."""
+        deadline = time.monotonic() + MEMORY_RETURNS
+        while True:
+            try:
+                return come_back()
+            except RuntimeError as error:
+                if "out of memory" not in str(error) or time.monotonic() > deadline:
+                    raise
+                self.platform.release_memory()
+                time.sleep(0.5)
+
+    @contextmanager
+    def weights_here(self) -> Iterator[None]:
+        """The weights are on the device meanwhile: where a model waits elsewhere between its calls, they come for this one."""
+        yield
 
     def offload(self, weights: bool) -> None:
         """Move to host memory what is to leave."""
         if weights and self.config.offload_model:
-            self.weights.leave(chain(self.model.module.parameters(), self.model.module.buffers()))
+            self.leave_weights()
+
+    def leave_weights(self) -> None:
+        """Move the model to host memory."""
+        tensors = chain(self.model.module.parameters(), self.model.module.buffers())
+        self.weights.leave(tensors, unchanged=not self.trains)
 
     def come_back(self) -> None:
         """Undo `offload`; after it has failed it can be called again."""
