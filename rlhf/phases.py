@@ -1,8 +1,8 @@
 """What a GPU holds while policy, frozen models and engines take turns on it: a prediction made of `rlhf.memory`'s sizes.
 
 A step has three phases: "train" (logprobs and updates; the engine sleeps), "push" (weights of policy and engine side by side, no
-gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload). A teacher that is
-on the GPU for its logits alone has a fourth, "teacher".
+gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload). A teacher that
+is on the GPU for its logits alone has a fourth, "teacher".
 """
 
 from __future__ import annotations

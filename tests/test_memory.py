@@ -61,11 +61,11 @@ def test_phases_of_one_shared_gpu(grpo):
     activations = 8192 * (28 * layer * 2 + 151936 * 14)
     contexts, weights, optimizer = 2 * 5 * GIB // 2, 2 * SMALL, 12 * SMALL
     asleep, buffers = 3 * GIB // 2, 3 * 151936 * 1536 * 2
-    assert decided(completed) == (0.78, False, False)  # 0.98 - 28.0 / 140.4
+    assert decided(completed) == (0.73, False, False)  # 0.93 - 28.0 / 140.4
     predicted = {
         "train": contexts + 2 * weights + 4 * SMALL + optimizer + activations + asleep,
         "push": contexts + 3 * weights + optimizer + asleep + buffers,
-        "generate": contexts + 2 * weights + optimizer + int(0.78 * H200),
+        "generate": contexts + 2 * weights + optimizer + int(0.73 * H200),
     }
     assert phases(completed, *shapes(config), H200) == predicted
     away = replace(completed, offload_optimizer=True, offload_model=True)
@@ -92,26 +92,25 @@ def test_without_gpus_nothing_is_offloaded_or_refused(grpo):
 
 
 def test_the_optimizer_leaves_when_the_kv_cache_would_be_small(grpo):
-    # beside weights and optimizer of half a 7B policy 0.61 of a GPU, of which 66 GiB for a KV cache: 256 x 5120 x 56 KiB = 70 GiB
+    # beside weights and optimizer of half a 7B policy 0.56 of a GPU, of which 59 GiB for a KV cache: 256 x 5120 x 56 KiB = 70 GiB
     config = grpo(QWEN25_7B, **LARGE)
     completed = fit(config, *shapes(config), H200)
     kept = 5 * GIB // 2 + 2 * LARGE_TP2
-    assert decided(completed) == (0.9, True, False)
-    assert completed.vllm_gpu_memory_utilization <= 0.98 - kept / H200
+    assert decided(completed) == (int(93 - 100 * kept / H200) / 100, True, False)
     assert note(config, completed, *shapes(config), H200) == (
-        "vllm_gpu_memory_utilization 0.9, offload_optimizer true: the policy keeps 9.6 GiB of each GPU's 140.4 GiB while the "
+        "vllm_gpu_memory_utilization 0.86, offload_optimizer true: the policy keeps 9.6 GiB of each GPU's 140.4 GiB while the "
         "engine generates, whose KV cache is to hold 256 responses of 5,120 tokens"
     )
     short = grpo(QWEN25_7B, **LARGE | {"max_completion_length": 1024})
     kept += 12 * LARGE_TP2
-    assert decided(fit(short, *shapes(short), H200)) == (int(98 - 100 * kept / H200) / 100, False, False)
+    assert decided(fit(short, *shapes(short), H200)) == (int(93 - 100 * kept / H200) / 100, False, False)
     few = grpo(QWEN25_7B, **LARGE | {"global_batch_size": 64})
     assert not fit(few, *shapes(few), H200).offload_optimizer
 
 
 def test_the_model_leaves_when_that_is_not_enough(grpo):
     config = grpo(QWEN25_7B, **LARGE | FULL | {"tensor_model_parallel_size": 4, "nproc_per_node": 4, "global_batch_size": 1024})
-    assert decided(fit(config, *shapes(config), 80 * GIB)) == (0.9, True, True)
+    assert decided(fit(config, *shapes(config), 80 * GIB)) == (0.89, True, True)
 
 
 def test_deciding_twice_is_as_once(grpo):
@@ -128,7 +127,7 @@ def test_what_is_given_stays(grpo):
     assert not fit(kept, *shapes(kept), H200).offload_optimizer
     # a share that was given decides what has to leave
     share = grpo(vllm_gpu_memory_utilization=0.9)
-    assert decided(fit(share, *shapes(share), H200)) == (0.9, True, False)
+    assert decided(fit(share, *shapes(share), H200)) == (0.9, True, True)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +136,18 @@ def test_what_is_given_stays(grpo):
         (
             {"vllm_gpu_memory_utilization": 0.9, "offload_optimizer": False, "offload_model": False}, H200,
             "phase generate needs about 149.0 GiB of a GPU's 140.4 GiB (engine 126.4, optimizer state 17.3, policy weights 2.9); "
-            "give offload_optimizer true; or vllm_gpu_memory_utilization 0.81; or tensor_model_parallel_size 2, nproc_per_node 2; "
+            "give offload_optimizer true; or vllm_gpu_memory_utilization 0.76; or tensor_model_parallel_size 2, nproc_per_node 2; "
             "or nnodes 2",
         ),
         (
             {"vllm_gpu_memory_utilization": 0.99}, H200,
             "phase generate needs about 141.5 GiB of a GPU's 140.4 GiB (engine 139.0, contexts 2.5); "
-            "give vllm_gpu_memory_utilization 0.81",
+            "give vllm_gpu_memory_utilization 0.76",
         ),
         (
             {"vllm_gpu_memory_utilization": 0.03}, H200,
             "phase generate: vllm_gpu_memory_utilization 0.03 gives an engine 4.2 GiB of a GPU's 140.4 GiB, it needs at least 6.4 "
-            "(weights 2.9, one sequence of 1,280 tokens 0.0, itself 3.5); give vllm_gpu_memory_utilization 0.81",
+            "(weights 2.9, one sequence of 1,280 tokens 0.0, itself 3.5); give vllm_gpu_memory_utilization 0.76",
         ),
         (
             {"micro_batch_tokens": 32768}, H200,
@@ -217,7 +216,7 @@ def test_a_command_for_this_machine_is_refused_before_anything_starts(monkeypatc
 def test_the_note_says_what_was_decided(grpo):
     config = grpo()
     completed = fit(config, *shapes(config), H200)
-    assert decided(completed) == (0.81, False, False)
+    assert decided(completed) == (0.76, False, False)
     assert note(config, completed, *shapes(config), H200) == (
-        "vllm_gpu_memory_utilization 0.81: the policy keeps 22.6 GiB of each GPU's 140.4 GiB while the engine generates"
+        "vllm_gpu_memory_utilization 0.76: the policy keeps 22.6 GiB of each GPU's 140.4 GiB while the engine generates"
     )
