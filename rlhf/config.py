@@ -437,7 +437,7 @@ class SamplingOptions:
     offload_optimizer: bool | None = sampled(
         None, "the optimizer's state waits in host memory while engines use the policy's GPUs (default: as needed)"
     )
-    vllm_tensor_parallel_size: int = engine(1, "devices of one engine", least=1)
+    vllm_tensor_parallel_size: int = engine(1, "devices of one engine, all of one node", least=1)
     vllm_max_model_len: int | None = engine(
         None, "longest prompt + response, in tokens (default: the two limits together; else the model's)", least=1
     )

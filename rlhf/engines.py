@@ -39,8 +39,11 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
     if own_places(config):
         seats = [Seat(options=cluster.on_place(cluster.policy_ranks + index, share=1)) for index in range(count)]
     else:
-        seats = policy_seats(cluster, config.vllm_tensor_parallel_size, count)
-    spawn = partial(_start_engine, cluster, seats)
+        seats = _policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+
+    def spawn(index: int) -> Any:
+        return _start(cluster, seats[index], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
+
     if not cluster.shares_gpus:
         return RolloutEngines(spawn, num_engines=count, config=config)
     rollout = RolloutEngines(
@@ -58,15 +61,15 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
 def build_teacher_engines(cluster: Cluster, config: Config) -> RolloutEngines:
     """Engines with the weights of `config`'s model folder, on the places of ranks that do not use them yet."""
     count = cluster.policy_ranks // config.vllm_tensor_parallel_size
-    seats = policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+    seats = _policy_seats(cluster, config.vllm_tensor_parallel_size, count)
 
-    def start(index: int) -> Any:
-        return _create(cluster, seats[index], index, config=config, load_weights=True)
+    def spawn(index: int) -> Any:
+        return _start(cluster, seats[index], index, config=config, load_weights=True)
 
-    return RolloutEngines(start, num_engines=count, config=config)
+    return RolloutEngines(spawn, num_engines=count, config=config)
 
 
-def policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:
+def _policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:
     """Seats on `width` policy places each, one after another. ValueError when an engine would be on several nodes."""
     firsts = range(0, count * width, width)
     for first in firsts:
@@ -80,14 +83,8 @@ def policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:
     return [Seat(options=cluster.on_place(first), gpus=tuple(gpus[first : first + width])) for first in firsts]
 
 
-def _start_engine(cluster: Cluster, seats: Sequence[Seat], index: int) -> Any:
-    config = cluster.config
-    name = {"name": engine_name(config.rollout_name, index), "namespace": NAMESPACE} if config.task == "rollout" else {}
-    arguments = {"load_weights": config.task in INFER, "sleeps": cluster.shares_gpus}
-    return _create(cluster, seats[index], index, name=name, **arguments)
-
-
-def _create(cluster: Cluster, seat: Seat, index: int, *, name: dict[str, str] | None = None, **arguments: Any) -> Any:
-    kind = ray.remote(max_concurrency=1000)(RolloutEngine)
-    options = seat.options | (name or {})
+def _start(cluster: Cluster, seat: Seat, index: int, **arguments: Any) -> Any:
+    kind, options = ray.remote(max_concurrency=1000)(RolloutEngine), seat.options
+    if cluster.config.task == "rollout":
+        options = options | {"name": engine_name(cluster.config.rollout_name, index), "namespace": NAMESPACE}
     return cluster.create(kind, options, env=ENVIRONMENT, index=index, gpus=seat.gpus, **arguments)

@@ -170,7 +170,9 @@ def _frozen_ranks(cluster: Cluster) -> dict[str, RankGroup]:
 
 def _answer_by_teacher(cluster: Cluster, data_worker: Any, info: DatasetInfo, folder: Path) -> None:
     """Sample the teacher's responses on the places that its ranks get afterwards."""
-    config = replace(cluster.config, model=cluster.config.teacher.model, vllm_gpu_memory_utilization=MOST / 100)
+    width = 1 if cluster.named else cluster.config.vllm_tensor_parallel_size  # an offer's width is that of its own devices
+    changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width}
+    config = replace(cluster.config, vllm_gpu_memory_utilization=MOST / 100, **changes)
     count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)
     engines = build_teacher_engines(cluster, config)
     engines.stop_words += info.end_tokens

@@ -174,6 +174,24 @@ def test_what_cannot_fit_is_refused_with_what_to_change(grpo, options, memory, m
     assert str(caught.value) == message
 
 
+def test_an_engine_too_large_for_one_gpu_is_to_be_spread(grpo):
+    sizes = {"nnodes": 2, "nproc_per_node": 8, "tensor_model_parallel_size": 4, "sequence_parallel": True}
+    config = grpo(QWEN25_7B, micro_batch_tokens=2048, **sizes, **FULL)
+    room = *shapes(config), 24 * GIB
+    message = (
+        "phase push needs about 24.8 GiB of a GPU's 24.0 GiB (engine weights 14.2, policy weights 3.5, push buffers 3.0); "
+        "give vllm_tensor_parallel_size 2"
+    )
+    assert refusal(config, *room) == message
+    wide = replace(config, vllm_tensor_parallel_size=2)
+    assert refusal(wide, *room) is None
+    # half of the engine's weights, less what its other worker has on this GPU
+    saved = phases(complete(config, *room), *room)["push"] - phases(complete(wide, *room), *room)["push"]
+    assert saved == 7_615_616_512 * 2 // 2 - GIB // 2
+    odd = replace(wide, nnodes=1, nproc_per_node=4, vllm_tensor_parallel_size=4)
+    assert refusal(odd, *room) is not None and "vllm_tensor_parallel_size 8" not in refusal(odd, *room)  # no 8 ranks on a node
+
+
 def test_rows_that_may_be_shorter_are_only_warned_of(grpo):
     config = grpo(micro_batch_tokens=None, micro_batch_size=32, **FULL)
     assert refusal(config, *shapes(config), 80 * GIB) is None

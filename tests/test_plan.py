@@ -175,6 +175,14 @@ def test_batches_placement_and_verdict_in_words(tmp_path):
     assert "4 bundles of 1 CPU: more than the 2 here" in text
     server = plan(replace(config, vllm_mode="server", nproc_per_node=2), dataset_rows=None, devices=CPU)
     assert next(role.place for role in server.roles if role.name == "rollout") == "own bundle 2"
+    wide = replace(config, vllm_tensor_parallel_size=2, rollout=RolloutRole())
+    made = plan(wide, dataset_rows=None, devices=CPU)
+    assert made.roles[2].place == "with the policy, bundles 0-3, each on 2 devices" and made.roles[2].count == 2
+    assert "rollout      2 x  with the policy, bundles 0-3, each on 2 devices" in render(wide, made)
+    own = replace(wide, vllm_mode="server", nproc_per_node=2, rollout=RolloutRole(num_engines=2))
+    text = render(own, plan(own, dataset_rows=None, devices=replace(CPU, cores=6)))
+    assert "rollout      2 x  own bundles 2-3, each on 2 devices" in text
+    assert "2 bundles of 1 CPU and 2 bundles of 2 CPU\n" in text + "\n"
     small = replace(CPU, memory=2**20)
     assert ": too much (libraries not counted)" in render(config, plan(config, dataset_rows=1, devices=small))
     assert plan(replace(config, beta=0.0), dataset_rows=1, devices=CPU).roles[1].name == "rollout"
@@ -186,6 +194,17 @@ def test_memory_of_a_node_is_the_sum_of_its_processes(tmp_path):
     sizes = [policy_memory(config, shape), frozen_memory(config, shape), engine_memory(config, shape)]
     assert plan(config, dataset_rows=1, devices=CPU).peaks == {"node": 2 * sum(size.total for size in sizes)}
     assert sizes[1].weights == shape.num_parameters() * BYTES["float32"]
+
+
+def test_a_wide_engine_holds_its_part_on_each_device(tmp_path):
+    folder = write_model(tmp_path, QWEN25_7B)
+    one, two = (grpo(folder, nproc_per_node=2, vllm_tensor_parallel_size=width) for width in (1, 2))
+    shape = read_shape(folder)
+    whole, half = engine_memory(one, shape), engine_memory(two, shape)
+    assert half.weights == whole.weights // 2 == shape.num_parameters() * 2 // 2
+    assert half.kv_cache == whole.kv_cache  # half of the heads of twice as many responses
+    sizes = {config.vllm_tensor_parallel_size: plan(config, dataset_rows=1, devices=CPU).peaks["node"] for config in (one, two)}
+    assert sizes[1] - sizes[2] == 2 * (whole.total - half.total) == 2 * shape.num_parameters()
 
 
 def test_on_gpus_the_plan_shows_each_phase_and_what_would_be_refused(tmp_path):

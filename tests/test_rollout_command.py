@@ -239,6 +239,26 @@ def test_two_jobs_train_with_the_engines_of_a_rollout_command(terminals, models,
 
 
 @pytest.mark.slow
+def test_a_job_trains_with_an_engine_on_two_devices(terminals, models, tmp_path):
+    environment, rollout, train = terminals
+    first = rollout(vllm_tensor_parallel_size=2, cpus_per_rank=0.5)
+    started = psutil.Process(first.pid).children(recursive=True)
+    workers = [child for child in started if child.name().startswith("VLLM::Worker")]
+    assert len(workers) == 2 and {worker.ppid() for worker in workers} == set(command.actors(first, "RolloutEngine"))
+    output = ends(train("one"), tmp_path / "one.log")
+    assert "using the rollout engines named rollout of `megaray rollout`: 1" in output
+    version, responses = asked(environment)
+    assert version == 2 and responses == greedy(tmp_path / "one" / "checkpoint-1") != greedy(models["a"])
+    workers[0].kill()
+    notice = "rollout engine 0 died: another one has taken its place"
+    command.wait_until(lambda: notice in (tmp_path / "rollout.log").read_text(), first, log=tmp_path / "rollout.log")
+    started += psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGINT)
+    assert "the rollout engines named rollout are gone" in ends(first, tmp_path / "rollout.log", timeout=60)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_is_replaced_a_second_job_refused_and_the_end_of_the_engines_ends_the_job(terminals, tmp_path):
     _, rollout, train = terminals
     first, name, log = rollout(rollout_name="mine"), {"rollout_name": "mine"}, tmp_path / "long.log"
