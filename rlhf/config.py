@@ -339,6 +339,10 @@ class HeadOptions:
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = seq_cls(
         None, "what labels are (default: the model's own; else with 1 label regression, with more single_label_classification)"
     )
+    mrl_dims: dict[int, float] | None = option(
+        None, 'weights of losses on embeddings cut to so many numbers, {"64": 1, "256": 0.5} (default: on whole ones alone)',
+        tasks=("embedding",),
+    )
     center_rewards_coefficient: float | None = option(
         None, "weight of the squared sum of a pair's scores, which keeps them around 0 (default: none)", tasks=("rm",), least=0
     )

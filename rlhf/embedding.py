@@ -34,7 +34,7 @@ def train_embedding(config: Config, roles: Roles, **run: Any) -> None:
         values = None
         if whole or not training:  # held-out rows: for the recall
             values = roles.policy.on_shards_refs("sequence_values", shards, embedding_values)
-        loss = partial(embedding_loss, loss_type=config.loss_type, in_batch=in_batch, **options)
+        loss = partial(embedding_loss, loss_type=config.loss_type, in_batch=in_batch, mrl_dims=config.mrl_dims, **options)
         return Update(shards=shards, loss=loss, batch_values=values)
 
     train_on_rows(config, roles, prepare, **run)

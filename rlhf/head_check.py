@@ -24,6 +24,9 @@ def check_head(config: Config, shape: ModelShape) -> None:
         raise ValueError(f"{config.model} has no output layer for tokens (it is a ...{shape.ending}), which {config.task} needs")
     if config.problem_type == "single_label_classification" and config.num_labels == 1:
         raise ValueError("num_labels 1 leaves single_label_classification nothing to learn: a yes or no has --num_labels 2")
+    for dim, weight in (config.mrl_dims or {}).items():
+        if not 1 <= dim <= shape.hidden_size or weight <= 0:
+            raise ValueError(f"mrl_dims {dim}: {weight:g}: embeddings have {shape.hidden_size} numbers, weights are above 0")
     if config.loss_type == "online_contrastive" and config.global_batch_size < 2:
         raise ValueError("loss_type online_contrastive compares the pairs of a batch: global_batch_size must be 2 or more")
 

@@ -7,6 +7,7 @@ same way. Sequences of weight 0 are padding, or repetitions, and count for nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf.losses import pairs_of, share_of
@@ -102,7 +103,13 @@ def relevant_ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def embedding_loss(
-    embeddings: torch.Tensor, batch: MicroBatch, *, loss_type: str, in_batch: bool = False, **options: Any
+    embeddings: torch.Tensor,
+    batch: MicroBatch,
+    *,
+    loss_type: str,
+    in_batch: bool = False,
+    mrl_dims: Mapping[int, float] | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, Metrics]:
     """infonce, cosine_similarity, contrastive: mean over the rows of the global batch; online_contrastive: sum over them.
 
@@ -111,6 +118,9 @@ def embedding_loss(
     `batch.batch_values` (what `embedding_values` gave): the whole global batch is compared, embeddings of other micro batches
     as constants, so gradients are those of the undivided batch (GradCache, Gao et al. 2021). With it `recall@1` is the share
     of anchors, of rows that belong together, to which no candidate of the batch is nearer than their positive.
+
+    `mrl_dims` {D: weight}: the weighted sum of the losses of embeddings cut to their first D numbers and normalised again
+    (Matryoshka representation learning, Kusupati et al. 2022, eq. 1); a recall is of whole ones.
     """
     own = batch.sequence_weights != 0
     share = batch.sequence_weights[own & (batch.targets[:, 0] == ANCHOR)].sum()
@@ -119,10 +129,16 @@ def embedding_loss(
     assert whole or not in_batch and loss_type != "online_contrastive", f"{loss_type} needs the embeddings of the whole batch"
     everything = batch.batch_values.index_put((batch.keys[own],), values) if whole else values
     anchors, candidates, positive_of, anchor_of, labels = _compared(everything)
-    if loss_type == "infonce":
-        losses = infonce_losses(anchors, candidates, positive_of, anchor_of=None if in_batch else anchor_of, **options)
+
+    def losses_of(anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        if loss_type == "infonce":
+            return infonce_losses(anchors, candidates, positive_of, anchor_of=None if in_batch else anchor_of, **options)
+        return PAIR_LOSSES[loss_type](anchors, candidates[positive_of], labels)
+
+    if mrl_dims:
+        losses = sum(weight * losses_of(cut(anchors, dim), cut(candidates, dim)) for dim, weight in mrl_dims.items())
     else:
-        losses = PAIR_LOSSES[loss_type](anchors, candidates[positive_of], labels)
+        losses = losses_of(anchors, candidates)
     if not whole:
         return losses.sum() * share / max(len(losses), 1), {}
     total = losses.sum() if loss_type == "online_contrastive" else losses.mean()
@@ -130,6 +146,13 @@ def embedding_loss(
     related = labels > 0.5
     hits = nearest_is_positive(anchors.detach(), candidates.detach(), positive_of) & related
     return share_of(total, share), {"recall@1": (hits * is_own).sum() / related.sum().clamp(min=1)}
+
+
+def cut(embeddings: torch.Tensor, dim: int) -> torch.Tensor:
+    """[B, K] -> [B, dim]: the first numbers of each, as unit vectors."""
+    from torch.nn.functional import normalize
+
+    return normalize(embeddings[:, :dim], dim=-1)
 
 
 def embedding_values(embeddings: torch.Tensor, batch: MicroBatch) -> torch.Tensor:

@@ -55,6 +55,8 @@ def typed(name: str, kind: Any, value: Any) -> Any:
         if not words:
             raise ValueError(f"--{name} takes one value or more, got none")
         return [_scalar(name, typing.get_args(kind)[0], word) for word in words]
+    if typing.get_origin(kind) is dict:
+        return _mapping(name, *typing.get_args(kind), untyped(value))
     if isinstance(value, list):
         if not value and kind is bool:
             return True
@@ -63,6 +65,12 @@ def typed(name: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"--{name} takes one value, got {got}")
         value = value[0]
     return _scalar(name, kind, value)
+
+
+def _mapping(name: str, key_kind: Any, kind: Any, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"--{name} takes pairs such as {{1: 2}}, not {str(value)!r}")
+    return {_scalar(name, key_kind, key): _scalar(name, kind, item) for key, item in value.items()}
 
 
 def _scalar(name: str, kind: Any, value: Any) -> Any:

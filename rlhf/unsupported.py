@@ -79,7 +79,7 @@ _REASONS: dict[str, str] = {
         local_repo_path model_kwargs check_model=true bridge_backend=mcore-bridge enable_npu_model_patch=true
         perform_initialization=false use_cpu_initialization=false data_parallel_random_init=false""",
     "only language modelling is supported yet": """
-        task_type=causal_lm mrl_dims enable_dft_loss=false enable_channel_loss=false""",
+        task_type=causal_lm enable_dft_loss=false enable_channel_loss=false""",
     "give a Hugging Face folder as --model, or continue a run by --resume_from_checkpoint": """
         mcore_ref_model mcore_ref_adapter ref_adapters load_args=false load_data_args=false""",
     "`export --mcore_model CHECKPOINT --to_hf true` merges an adapter's checkpoint too": "mcore_adapter",

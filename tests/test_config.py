@@ -52,7 +52,7 @@ MS_SWIFT = {
     "f_divergence_type": "reverse_kl", "desirable_weight": 1.0, "undesirable_weight": 1.0, "val_dataset": [],
     "split_dataset_ratio": 0.0, "eval_steps": None, "eval_iters": -1, "num_labels": None, "problem_type": None,
     "center_rewards_coefficient": None, "reward_model": None, "lmbda": 0.5, "seq_kd": False, "sft_alpha": 0,
-    "gkd_logits_topk": None, "offload_teacher_model": False,
+    "gkd_logits_topk": None, "offload_teacher_model": False, "mrl_dims": None,
     "mcore_model": None, "to_mcore": False, "to_hf": False, "adapters": [],
     "test_convert_precision": False, "test_convert_dtype": "float32", "exist_ok": False,
 }  # fmt: skip

@@ -76,6 +76,9 @@ def test_the_task_and_its_head(words, task, head, loss):
         ("sft --model classes", "no output layer for tokens (it is a ...ForSequenceClassification), which sft needs"),
         ("sft --task_type generative_reranker --model vectors", "(it is a ...Model), which generative_reranker needs"),
         ("sft --task_type embeding --model m", "--task_type embeding: choose from causal_lm, seq_cls, embedding, reranker,"),
+        ('sft --task_type embedding --model m --mrl_dims {"65":1}', "mrl_dims 65: 1: embeddings have 64 numbers, weights"),
+        ("sft --task_type embedding --model m --mrl_dims 64", "--mrl_dims takes pairs such as {1: 2}, not '64'"),
+        ('sft --task_type embedding --model m --mrl_dims {"half":1}', "--mrl_dims takes a whole number, not 'half'"),
         ("sft --task_type embedding --model m --loss_type sigmoid", "loss_type 'sigmoid' of embedding: choose from infonce,"),
         ("sft --model m --num_labels 2", "--num_labels is not used by sft; it belongs to seq_cls"),
         ("sft --task_type reranker --model m --packing true --packing_length 9 --max_length 10", "packing_length 9 is less than"),
@@ -108,6 +111,13 @@ def test_engines_refuse_a_model_that_does_not_write(task):
 def test_a_reward_model_alone_is_a_reward():
     config = config_of("rlhf --rlhf_type grpo --model m --reward_model score --reward_weights 2")
     assert config.reward_funcs == [] and config.reward_model.endswith("score")
+
+
+def test_dimensions_of_embeddings_are_read_as_ms_swift_reads_them(folder):
+    words = "sft --task_type embedding --model m --dataset d.jsonl --train_iters 2"
+    assert load_config([*words.split(), "--mrl_dims", '{"32": 1.0, "64": 0.5}']).mrl_dims == {32: 1.0, 64: 0.5}
+    (folder / "c.yaml").write_text("mrl_dims: {32: 1, 64: 0.5}")
+    assert load_config([*words.split(), "--config", "c.yaml"]).mrl_dims == {32: 1.0, 64: 0.5}
 
 
 def test_a_variable_is_kept_with_the_run(monkeypatch):

@@ -49,6 +49,9 @@ LOSSES = {
     },
     "embedding": {
         "infonce": partial(embedding_loss, loss_type="infonce", in_batch=True, include_qq=True, include_dd=True),
+        "infonce-mrl": partial(
+            embedding_loss, loss_type="infonce", in_batch=True, include_qq=True, include_dd=True, mrl_dims={16: 1.0, 48: 0.5}
+        ),
         "infonce-own": partial(embedding_loss, loss_type="infonce", temperature=0.5),
     },
     "pairs": {
@@ -56,7 +59,7 @@ LOSSES = {
     },
 }
 LOSSES["generative_reranker"] = LOSSES["reranker"]
-WHOLE = ("infonce", "online_contrastive")  # they compare all rows of the global batch
+WHOLE = ("infonce", "infonce-mrl", "online_contrastive")  # they compare all rows of the global batch
 CASES = [(task, name) for task, losses in LOSSES.items() for name in losses]
 AUTO = {"embedding": AutoModel, "pairs": AutoModel, "generative_reranker": AutoModelForCausalLM}
 
@@ -163,6 +166,9 @@ def written_out(name: str, task: str, values: torch.Tensor) -> torch.Tensor:
         return -sum(values[start : start + 3, 0].log_softmax(0)[0] for start in range(0, 12, 3)) / 4
     if name == "infonce-own":
         return -sum((values[i + 1 : i + 3] @ values[i] / 0.5).log_softmax(0)[0] for i in range(0, 12, 3)) / 4
+    if name == "infonce-mrl":
+        parts = [values[:, :dim] / values[:, :dim].norm(dim=1, keepdim=True) for dim in (16, 48)]
+        return written_out("infonce", task, parts[0]) + 0.5 * written_out("infonce", task, parts[1])
     if name == "infonce":
         total = 0.0
         for i in range(0, 12, 3):
