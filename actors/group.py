@@ -178,5 +178,22 @@ class RankGroup(ActorGroup):
         return [result for result, info in zip(results, self.infos) if info.returns_logprobs]
 
 
+class EngineGroup(ActorGroup):
+    """Engines that work for one copy of a model each: every one has a shard of its own."""
+
+    @property
+    def data_size(self) -> int:
+        """Number of engines."""
+        return len(self.actors)
+
+    def setup(self) -> None:
+        """Load the model in every engine."""
+        self.broadcast("setup")
+
+    def every_rank_refs(self, method: str, shards: Sequence[Shard], *args: Any) -> list[ray.ObjectRef]:
+        """As `scatter_refs`; the name that `RankGroup` has for it."""
+        return self.scatter_refs(method, shards, *args)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]

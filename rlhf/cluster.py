@@ -2,7 +2,8 @@
 
 A place is one placement bundle, on one node. A policy rank's is a GPU with its share of CPUs, or CPUs alone; in colocate mode
 engines sit on such places too, as frozen models do (reference, teacher, reward model). In server mode an engine has a place of
-its own, as large as it is wide. The data and reward actors take none. `rlhf.roles` and `rlhf.engines` say what is started.
+its own, as large as it is wide; so has an engine of a teacher. The data and reward actors take none. `rlhf.roles` and
+`rlhf.engines` say what is started.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf.config import Config
-from rlhf.counts import own_places, samples
+from rlhf.counts import own_places, samples, teacher_engines, teacher_width
 from rlhf.data import DataFailure
 from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
@@ -53,6 +54,7 @@ class Cluster:
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
         self.bundles: list[int] = []  # of the placement group, by place: a node's stand together
+        self.teacher_place = 0  # the first of a teacher's engines
         self.nodes: dict[int, str] = {}  # of each bundle
         self.before_release: list[Callable[[], None]] = []  # what must know that its actors end
         self.predicted: dict[str, float] = {}  # peak of each phase on the fullest GPU, as metrics
@@ -168,31 +170,37 @@ class Cluster:
             print(f"using the rollout engines named {name} of `megaray rollout`: {self.num_engines}")
 
     def _reserve(self) -> None:
-        """Reserve the places: policy ranks first, then the engines of server mode."""
-        config, width = self.config, self.config.vllm_tensor_parallel_size
+        """Reserve the places: policy ranks first, then the engines of server mode, then those of a teacher."""
+        config = self.config
         engines = 0 if self.named or not own_places(config) else self.num_engines
+        self.teacher_place = self.policy_ranks + engines
+        widths = [1] * self.policy_ranks + [config.vllm_tensor_parallel_size] * engines
+        widths += [teacher_width(config)] * teacher_engines(config)
         rank = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
             rank["GPU"] = 1
-        engine = {kind: each * width for kind, each in rank.items()}
-        self._require_resources(rank, engines * width)
-        bundles = [rank] * self.policy_ranks + [engine] * engines
+        self._require_resources(rank, sum(widths) - self.policy_ranks)
+        bundles = [{kind: each * width for kind, each in rank.items()} for width in widths]
         name = config.rollout_name if config.task == "rollout" else ""
         self.placement = placement_group(bundles, strategy="PACK", name=name)
         if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
-            sizes = " and ".join(f"{bundles.count(size)} of {size}" for size in (rank, engine)[: 1 + (width > 1)])
+            sizes = " and ".join(f"{count} of {bundles[widths.index(width)]}" for width, count in Counter(widths).items())
             raise ValueError(
                 f"Ray could not place {len(bundles)} bundles, {sizes}: other jobs hold the cluster's resources "
                 f"(free now: {ray.available_resources()})"
             )
         self.nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         self.bundles = by_node(self.nodes)
-        if width > 1:  # else every bundle will do for a rank
-            self.bundles.sort(key=lambda bundle: bundle >= self.policy_ranks)
+        if max(widths) > 1:  # else every bundle will do for a rank
+            self.bundles.sort(key=lambda bundle: (bundle >= self.policy_ranks) + (bundle >= self.teacher_place))
 
     def _require_resources(self, rank: dict[str, float], engine_places: int) -> None:
         """ValueError when the cluster lacks what the policy and the engines' own places take, each place as much as `rank`."""
-        count, width = self.policy_ranks + engine_places, self.config.vllm_tensor_parallel_size
+        count, widest = self.policy_ranks + engine_places, {}
+        if self.num_engines and self.named is None:
+            widest["vllm_tensor_parallel_size"] = self.config.vllm_tensor_parallel_size
+        if teacher_engines(self.config):
+            widest["teacher.tensor_model_parallel_size"] = teacher_width(self.config)
         for kind, each in sorted(rank.items(), reverse=True):  # GPUs first
             have = ray.cluster_resources().get(kind, 0)
             if have < each * count:
@@ -202,10 +210,11 @@ class Cluster:
                     "or add nodes"
                 )
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
-            if self.num_engines and self.named is None and most < each * width:
-                raise ValueError(
-                    f"vllm_tensor_parallel_size {width} needs {each * width:g} {kind} on one node, no node has more than {most:g}"
-                )
+            for name, width in widest.items():
+                if most < each * width:
+                    raise ValueError(
+                        f"{name} {width} needs {each * width:g} {kind} on one node, no node has more than {most:g}"
+                    )
 
     def _fit(self) -> None:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""

@@ -67,7 +67,21 @@ def needs_reference(config: Config) -> bool:
 def needs_teacher(config: Config) -> bool:
     """Whether a frozen teacher group runs beside the policy (with LoRA the policy is its own teacher, its adapter disabled)."""
     own = config.mcore_model or config.model
-    return config.task == "gkd" and not (config.tuner_type == "lora" and config.teacher.model == own)
+    itself = config.tuner_type == "lora" and config.teacher.model == own
+    return config.task == "gkd" and not teacher_engines(config) and not itself
+
+
+def teacher_engines(config: Config) -> int:
+    """vLLM engines that give a teacher's logits, on places of their own."""
+    if config.task != "gkd" or config.teacher.backend != "vllm":
+        return 0
+    width = teacher_width(config)
+    return (config.teacher.nproc or width) // width
+
+
+def teacher_width(config: Config) -> int:
+    """Devices of one copy of a teacher's layers: its TP size."""
+    return config.teacher.tensor_model_parallel_size or config.tensor_model_parallel_size
 
 
 def frozen_group(config: Config) -> str | None:

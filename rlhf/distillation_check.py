@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import needs_teacher
-from rlhf.model_folder import ModelShape, read_shape
+from rlhf.counts import needs_teacher, teacher_engines, teacher_width
+from rlhf.layout_check import check_tensor_split
+from rlhf.memory import longest_sequence
+from rlhf.model_folder import ModelShape, check_files, read_shape
 
 
 def check_distillation(config: Config, shape: ModelShape) -> None:
@@ -21,13 +23,34 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
             if getattr(config, name):
                 raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
     if config.offload_teacher_model and not needs_teacher(config):
-        raise ValueError("offload_teacher_model has nothing to act on: with LoRA the policy itself is the teacher")
+        why = "the teacher's engines have devices of their own" if teacher_engines(config) else "the policy itself is the teacher"
+        raise ValueError(f"offload_teacher_model has nothing to act on: {why}")
     folder = Path(config.teacher.model)
     teacher = read_shape(folder)
+    if config.teacher.backend == "vllm":
+        check_engine_teacher(config, teacher)
     if config.gkd_logits_topk and config.gkd_logits_topk > teacher.vocab_size:
         raise ValueError(f"gkd_logits_topk {config.gkd_logits_topk} is more than the teacher's {teacher.vocab_size} tokens")
     if folder != Path(config.model):
         check_same_tokens(Path(config.model), folder, smaller=min(shape.vocab_size, teacher.vocab_size))
+
+
+def check_engine_teacher(config: Config, teacher: ModelShape) -> None:
+    """Check a teacher that vLLM engines hold. Raises ValueError."""
+    role, width = config.teacher, teacher_width(config)
+    if not config.gkd_logits_topk:
+        raise ValueError("teacher.backend vllm gives the likeliest tokens alone: say how many, as --gkd_logits_topk 64")
+    if role.pipeline_model_parallel_size:
+        raise ValueError("teacher.pipeline_model_parallel_size is for teacher.backend megatron")
+    check_files(Path(role.model))
+    check_tensor_split(teacher, width, f"teacher.tensor_model_parallel_size {width}")
+    if role.nproc and role.nproc % width:
+        raise ValueError(f"teacher.nproc {role.nproc} is no multiple of the {width} devices of one engine")
+    if teacher.max_length and longest_sequence(config) > teacher.max_length:
+        raise ValueError(
+            f"sequences of up to {longest_sequence(config)} tokens are longer than the {teacher.max_length} that the teacher "
+            "takes: lower max_length or vllm_max_model_len"
+        )
 
 
 def check_same_tokens(student: Path, teacher: Path, *, smaller: int) -> None:

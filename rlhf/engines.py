@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.group import RankGroup
+from actors.group import EngineGroup, RankGroup
 from actors.rollout import ENVIRONMENT, RolloutEngine
+from actors.teacher_engine import TeacherEngine
 from rlhf.config import INFER, Config
-from rlhf.counts import own_places
+from rlhf.counts import own_places, teacher_engines
 from rlhf.named_engines import NAMESPACE, engine_name
 from rlhf.rollout import RolloutEngines
 
@@ -67,6 +68,15 @@ def build_teacher_engines(cluster: Cluster, config: Config) -> RolloutEngines:
         return _start(cluster, seats[index], index, config=config, load_weights=True)
 
     return RolloutEngines(spawn, num_engines=count, config=config)
+
+
+def build_teacher_group(cluster: Cluster) -> EngineGroup:
+    """The engines that give a teacher's logits, on places of their own; to be set up."""
+    config = cluster.config
+    kind = ray.remote(concurrency_groups={"report": 1})(TeacherEngine)
+    places = range(cluster.teacher_place, cluster.teacher_place + teacher_engines(config))
+    engines = [cluster.create(kind, cluster.on_place(place, share=1), env=ENVIRONMENT) for place in places]
+    return EngineGroup("teacher", engines, timeout=config.call_timeout)
 
 
 def _policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import compares, frozen_group, model_ranks, policy_ranks
+from rlhf.counts import compares, frozen_group, model_ranks, policy_ranks, teacher_engines
 from rlhf.expert_checks import check_expert_sizes, check_experts
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
@@ -47,6 +47,8 @@ def check_tensor_split(shape: ModelShape, size: int, name: str) -> None:
 def check_frozen(config: Config, name: str) -> None:
     """The role `name`, reference or teacher, which shares the policy's places. Raises ValueError."""
     role = getattr(config, name)
+    if name == "teacher" and teacher_engines(config):  # see rlhf.distillation_check
+        return
     given = [option for option, value in vars(role).items() if value is not None]
     if frozen_group(config) != name:
         idle = given if name == "reference" else given[1:]  # that the teacher is the policy itself, its model says

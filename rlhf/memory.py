@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rlhf.config import Config, reads_prompts
-from rlhf.counts import data_ranks, expert_copies, frozen_group, rollout_engines, row_sequences, samples
+from rlhf.counts import data_ranks, expert_copies, frozen_group, rollout_engines, row_sequences, samples, teacher_width
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
@@ -97,6 +97,12 @@ def frozen_memory(config: Config, shape: ModelShape) -> Memory:
         weights=sum(_parameters(config, shape, tensor, frozen_pipeline(config, role))) * size,
         activations=tokens * max(_layer_values(shape, tensor, split=False) * size, logits),
     )
+
+
+def teacher_engine_memory(config: Config) -> Memory:
+    """One device of a vLLM engine that gives a teacher's logits."""
+    shape = read_shape(Path(config.teacher.model))
+    return Memory(weights=shape.num_parameters() // teacher_width(config) * BYTES[config.torch_dtype])
 
 
 def reward_model_memory(config: Config) -> Memory | None:

@@ -16,6 +16,8 @@ from rlhf.counts import (
     policy_ranks,
     rollout_engines,
     samples,
+    teacher_engines,
+    teacher_width,
     total_steps,
 )
 from rlhf.devices import Devices, find_devices
@@ -32,6 +34,7 @@ from rlhf.memory import (
     reward_model_memory,
     shapes,
     stored_logits,
+    teacher_engine_memory,
 )
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.phases import offloaded, phases
@@ -118,9 +121,13 @@ def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -
     if config.reward_model is not None:
         place = f"with the policy, {_bundles(0, ranks)}"
         roles.append(Role(name="reward model", count=ranks, place=place, memory=reward_model_memory(config)))
+    engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
+    if count := teacher_engines(config):
+        place = f"own {_bundles(ranks + engines * own_places(config), count)}"
+        devices = teacher_width(config)
+        roles.append(Role(name="teacher", count=count, place=place, devices=devices, memory=teacher_engine_memory(config)))
     if not samples(config):
         return [*roles, Role(name="data", count=1, place="driver's node")]
-    engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
     shared = config.vllm_mode == "colocate"
     place = f"with the policy, {_bundles(0, engines * width)}" if shared else f"own {_bundles(ranks, engines)}"
     place += f", each on {width} devices" if width > 1 else ""
@@ -217,6 +224,8 @@ def _place_lines(config: Config, made: Plan) -> list[str]:
     bundles = Counter({1: policy_ranks(config)})  # by size in places
     if own_places(config):
         bundles[config.vllm_tensor_parallel_size] += rollout_engines(config)
+    if count := teacher_engines(config):
+        bundles[teacher_width(config)] += count
     wanted = sum(count * size * each for size, count in bundles.items())
     text = " and ".join(f"{count} bundle{'s' * (count > 1)} of {size * each:g} {kind}" for size, count in bundles.items())
     return [*lines, text + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")]

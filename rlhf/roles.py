@@ -13,14 +13,14 @@ from actors import exporter
 from actors.data import DatasetInfo, DataWorker
 from actors.exporter import Exporter
 from actors.frozen import Frozen
-from actors.group import ActorGroup, RankGroup
+from actors.group import ActorGroup, EngineGroup, RankGroup
 from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
 from actors.prompts import PromptEncoder
 from actors.reward import RewardWorker
-from rlhf.counts import frozen_group, samples, total_steps
+from rlhf.counts import frozen_group, samples, teacher_engines, total_steps
 from rlhf.data import PromptedRowStream, PromptStream, RowStream
-from rlhf.engines import build_engines, build_teacher_engines
+from rlhf.engines import build_engines, build_teacher_engines, build_teacher_group
 from rlhf.fit import MOST
 from rlhf.model_folder import excess_ids
 from rlhf.model_reward import ModelReward
@@ -42,7 +42,7 @@ class Roles:
     policy: RankGroup
     data: PromptStream | RowStream
     reference: RankGroup | None = None
-    teacher: RankGroup | None = None
+    teacher: RankGroup | EngineGroup | None = None
     rollout: RolloutEngines | None = None
     scorer: Scorer | None = None
 
@@ -79,9 +79,11 @@ def build_roles(cluster: Cluster, folder: Path) -> Roles:
     if config.task == "grpo":
         scorer = _scorer(cluster)
     groups = [ranks for ranks in (policy, *frozen.values(), reward_model) if ranks is not None]
+    if teacher_engines(config):
+        frozen["teacher"] = build_teacher_group(cluster)
     if samples(config):
         rollout = build_engines(cluster, groups)
-    for ranks in groups:
+    for ranks in dict.fromkeys([*groups, *frozen.values()]):
         ranks.setup()
     if reward_model is not None:
         scorer.model = ModelReward(reward_model, data_worker, config)
