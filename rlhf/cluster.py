@@ -180,7 +180,7 @@ class Cluster:
         name = config.rollout_name if config.task == "rollout" else ""
         self.placement = placement_group(bundles, strategy="PACK", name=name)
         if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
-            sizes = " and ".join(f"{bundles.count(size)} of {size}" for size in (rank, engine)[: 1 + (width > 1)])
+            sizes = " and ".join(f"{count} of {size}" for size, count in Counter(map(str, bundles)).items())
             raise ValueError(
                 f"Ray could not place {len(bundles)} bundles, {sizes}: other jobs hold the cluster's resources "
                 f"(free now: {ray.available_resources()})"
