@@ -39,10 +39,10 @@ class EngineWorkers:
         Not left to vLLM, which after an error takes the next worker's answer for that to the next call.
         """
         answers = self.engine.collective_rpc("answer", args=(method, arguments))
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [result for result, _ in answers]
 
     def require_alive(self) -> None:
         """To be called when something failed: does not return if that was for the death of a worker."""
