@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 DEATH_SHOWS = 1.0  # seconds: a call can fail, for the others' sake, before a worker's death is seen
-SHARED_MEMORY = ("/dev/shm/psm_", "/dev/shm/vllm_dist_")  # of vLLM's queues, and of its reductions between CPUs
+QUEUE, REDUCTION = "/dev/shm/psm_", "/dev/shm/vllm_dist_"  # how vLLM's shared memory is named: multiprocessing's, its own on CPUs
 
 
 class EngineWorkers:
@@ -38,10 +39,10 @@ class EngineWorkers:
         Not left to vLLM, which after an error takes the next worker's answer for that to the next call.
         """
         answers = self.engine.collective_rpc("answer", args=(method, arguments))
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [result for result, _ in answers]
 
     def require_alive(self) -> None:
         """To be called when something failed: does not return if that was for the death of a worker."""
@@ -64,8 +65,9 @@ class EngineWorkers:
 
     def _forget_names(self) -> None:
         """Unlink the shared memory that every worker has mapped by now: it would outlive processes that are killed."""
-        for process in self.processes:
-            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                path = line.split(maxsplit=5)[-1]
-                if path.startswith(SHARED_MEMORY):
-                    Path(path.removesuffix(" (deleted)")).unlink(missing_ok=True)
+        maps = [line for process in self.processes for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
+        for path in {line.split(maxsplit=5)[-1] for line in maps}:
+            if path.startswith((QUEUE, REDUCTION)):
+                Path(path).unlink(missing_ok=True)
+            if path.startswith(QUEUE):  # else multiprocessing's tracker looks for it, and complains on the terminal
+                resource_tracker.unregister(path.removeprefix("/dev/shm"), "shared_memory")

@@ -204,9 +204,11 @@ class RolloutEngine:
 
     async def receive_bucket(self, bucket: Bucket) -> None:
         """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
-        several = bool(self.thread.workers.processes)
-        data, _kept = await for_workers(bucket.payload) if several else (await bucket.payload.open(), None)
-        bare = replace(bucket, payload=None)
+        if self.thread.workers.processes:
+            data, _kept = await for_workers(bucket.payload)  # kept until this returns
+        else:
+            data = await bucket.payload.open()
+        bare = replace(bucket, payload=None)  # which another process could not read
 
         def load() -> None:
             with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):

@@ -184,7 +184,7 @@ class Cluster:
         name = config.rollout_name if config.task == "rollout" else ""
         self.placement = placement_group(bundles, strategy="PACK", name=name)
         if not self.placement.wait(timeout_seconds=min(config.call_timeout, 300)):
-            sizes = " and ".join(f"{count} of {bundles[widths.index(width)]}" for width, count in Counter(widths).items())
+            sizes = " and ".join(f"{count} of {size}" for size, count in Counter(map(str, bundles)).items())
             raise ValueError(
                 f"Ray could not place {len(bundles)} bundles, {sizes}: other jobs hold the cluster's resources "
                 f"(free now: {ray.available_resources()})"

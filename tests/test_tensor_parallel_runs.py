@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import command
 import psutil
 import pytest
 from test_end_to_end import data, grpo, model, plugin  # noqa: F401 fixtures
+from test_tensor_parallel_engine import WORKERS, shared_memory
 
 pytestmark = pytest.mark.slow
 WIDE = {"vllm_tensor_parallel_size": 2, "cpus_per_rank": 0.5}
-WORKERS = ("VLLM::Worker_TP0", "VLLM::Worker_TP1")
 
 
 def workers(process) -> list[psutil.Process]:
@@ -30,7 +28,7 @@ def workers(process) -> list[psutil.Process]:
 def test_a_run_learns_and_a_killed_worker_costs_one_engine(model, data, plugin, tmp_path, mode, ranks):  # noqa: F811
     """The engine's logprobs are the policy's after every push: what it samples comes from the weights just trained."""
     options = WIDE | {"vllm_mode": mode, "nproc_per_node": ranks, "train_iters": 24, "save_steps": 24, "lr": 3e-3}
-    log, folder, shared = tmp_path / "run.log", tmp_path / "run", set(os.listdir("/dev/shm"))
+    log, folder, shared = tmp_path / "run.log", tmp_path / "run", shared_memory()
     process = command.start(*grpo(model, data, plugin, tmp_path, "run", **options), log=log)
     try:
         command.wait_until(lambda: len(command.metrics(folder)) >= 4, process, log=log)
@@ -50,4 +48,4 @@ def test_a_run_learns_and_a_killed_worker_costs_one_engine(model, data, plugin, 
     first_half, second_half = (sum(row["reward"] for row in part) / 12 for part in (rows[:12], rows[12:]))
     assert second_half > first_half
     assert psutil.wait_procs(family + first, timeout=20)[1] == []
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert shared_memory() <= shared

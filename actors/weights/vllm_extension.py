@@ -31,12 +31,12 @@ class WorkerExtension(LogprobRecorder):
 
     _loading = False
 
-    def answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """What a method below gives, or the exception that it raised."""
+    def answer(self, method: str, arguments: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+        """What a method below gives, and the exception that it raised."""
         try:
-            return getattr(self, method)(*arguments)
+            return getattr(self, method)(*arguments), None
         except Exception as error:  # goes to the caller
-            return error
+            return None, error
 
     def end_with_engine(self) -> None:
         """Be killed when the process that started this one is gone, whatever this one is doing."""
