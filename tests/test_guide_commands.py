@@ -278,11 +278,11 @@ def test_dpo(place):
 @slow
 def test_gkd(place):
     small = {"max_completion_length": 8, "micro_batch_size": 2, "global_batch_size": 4}
-    place.run(here(guide.GKD, model=place.model, teacher_model=place.teacher, dataset="zh.jsonl#12", **small))
+    place.run(here(guide.GKD, model=place.model, teacher_model=place.teacher, dataset="zh.jsonl", **small))
     run = last_run(place, "megatron_output/gkd")
-    drawn = [row["on_policy"] for row in command.metrics(run)]
-    assert len(drawn) == 3 and set(drawn) == {0, 1}
-    assert_trained(run, place.model, steps=3)
+    own = [row for row in command.metrics(run) if row["on_policy"]]
+    assert 0 < len(own) < 6 and max(row["rollout_train_logprob_diff"] for row in own) < 1e-4
+    assert_trained(run, place.model, steps=6)
 
 
 @slow
