@@ -42,10 +42,11 @@ class Place:
     teacher: Path
     experts: Path
 
-    def run(self, line: str, *, lines: str = "", **environment: str) -> str:
+    def run(self, line: str, *, lines: str = "", address: str = "local", **environment: str) -> str:
         """The output of a command that must succeed."""
         log = self.folder / "log"
-        status, output = command.ended(command.start_in_shell(line, log=log, **environment), log=log, lines=lines)
+        process = command.start_in_shell(line, log=log, address=address, **environment)
+        status, output = command.ended(process, log=log, lines=lines)
         assert status == 0, f"{line}\n{output[-6000:]}"
         return output
 
@@ -156,7 +157,10 @@ def assert_trained(run: Path, model: Path, *, steps: int) -> Path:
 
 
 def assert_adapter_trained(run: Path, model: Path, *, steps: int, matrices: int) -> None:
-    """An adapter alone, each B of which has left 0 as `assert_trained` says; with it the logits are finite and others."""
+    """An adapter alone, whose B have left 0 as `assert_trained` says; with it the logits are finite and others.
+
+    B of an expert stays 0 when no token of so few goes to it.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -164,9 +168,11 @@ def assert_adapter_trained(run: Path, model: Path, *, steps: int, matrices: int)
     assert len(lrs) == steps
     assert not (checkpoint / "merged").exists() and not list(checkpoint.glob("model*.safetensors"))
     adapter = load_file(checkpoint / "adapter_model.safetensors")
-    moved = [weight.abs().max().item() for name, weight in adapter.items() if "lora_B" in name]
+    moved = {name: weight.abs().max().item() for name, weight in adapter.items() if "lora_B" in name}
+    still = [name for name, distance in moved.items() if distance == 0]
     assert len(adapter) == 2 * matrices and len(moved) == matrices
-    assert max(lrs) < max(moved) < 1.5 * sum(lrs) and min(moved) > 0
+    assert max(lrs) < max(moved.values()) < 1.5 * sum(lrs)
+    assert len(still) < 0.1 * matrices and all(".experts." in name for name in still)
     old, new = logits_of(model), logits_of(model, checkpoint)
     assert torch.isfinite(new).all() and not torch.equal(old, new)
 
@@ -202,10 +208,8 @@ def test_moe_sft(place):
     small = {"NPROC_PER_NODE": 2, "max_length": 64}
     place.run(here(guide.MOE_SFT, model=place.experts, dataset="zh.jsonl#20", without=GPU_KERNELS, **sizes, **small))
     run = last_run(place, "megatron_output/Qwen3-30B-A3B")
-    rows = command.metrics(run)
-    assert len(rows) == 5  # packs of one row, as two take more than 64 tokens
-    assert min(row["load_balancing_loss"] for row in rows) >= 1
-    assert_trained(run, place.experts, steps=5)
+    assert min(row["load_balancing_loss"] for row in command.metrics(run)) >= 1
+    assert_trained(run, place.experts, steps=3)  # 20 rows, of which one or two make a pack: 9 to 12 packs
 
 
 @slow
@@ -242,7 +246,7 @@ def assert_grpo(run: Path) -> None:
 
 
 @slow
-def test_grpo_with_a_rollout_server(place, tmp_path_factory):
+def test_grpo_with_a_rollout_server(place):
     temporary = tempfile.mkdtemp(prefix="mr", dir="/tmp")  # the two terminals' own; a short path: Ray's sockets lie in it
     log = place.folder / "rollout.log"
     line = here(guide.ROLLOUT, model=place.model, vllm_tensor_parallel_size=ENGINE_DEVICES)
@@ -251,7 +255,7 @@ def test_grpo_with_a_rollout_server(place, tmp_path_factory):
         command.wait_until(lambda: "ready: " in log.read_text(), terminal, log=log)
         length = {"num_train_epochs": 1}  # the guide's command has none, which megatron refuses too
         line = here(guide.GRPO_SERVER, model=place.model, dataset="grpo.jsonl", NPROC_PER_NODE=2, added=length)
-        output = place.run(line, RAY_ADDRESS="", TMPDIR=temporary)
+        output = place.run(line, address="", TMPDIR=temporary)
         terminal.send_signal(signal.SIGINT)
         assert terminal.wait(60) == 0
     finally:
@@ -274,11 +278,11 @@ def test_dpo(place):
 @slow
 def test_gkd(place):
     small = {"max_completion_length": 8, "micro_batch_size": 2, "global_batch_size": 4}
-    place.run(here(guide.GKD, model=place.model, teacher_model=place.teacher, dataset="zh.jsonl#12", **small))
+    place.run(here(guide.GKD, model=place.model, teacher_model=place.teacher, dataset="zh.jsonl", **small))
     run = last_run(place, "megatron_output/gkd")
-    drawn = [row["on_policy"] for row in command.metrics(run)]
-    assert len(drawn) == 3 and set(drawn) == {0, 1}
-    assert_trained(run, place.model, steps=3)
+    own = [row for row in command.metrics(run) if row["on_policy"]]
+    assert 0 < len(own) < 6 and max(row["rollout_train_logprob_diff"] for row in own) < 1e-4
+    assert_trained(run, place.model, steps=6)
 
 
 @slow
