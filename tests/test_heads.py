@@ -49,9 +49,6 @@ LOSSES = {
     },
     "embedding": {
         "infonce": partial(embedding_loss, loss_type="infonce", in_batch=True, include_qq=True, include_dd=True),
-        "infonce-mrl": partial(
-            embedding_loss, loss_type="infonce", in_batch=True, include_qq=True, include_dd=True, mrl_dims={16: 1.0, 48: 0.5}
-        ),
         "infonce-own": partial(embedding_loss, loss_type="infonce", temperature=0.5),
     },
     "pairs": {
@@ -59,8 +56,9 @@ LOSSES = {
     },
 }
 LOSSES["generative_reranker"] = LOSSES["reranker"]
-WHOLE = ("infonce", "infonce-mrl", "online_contrastive")  # they compare all rows of the global batch
+WHOLE = ("infonce", "online_contrastive")  # they compare all rows of the global batch
 CASES = [(task, name) for task, losses in LOSSES.items() for name in losses]
+CASES.append(("embedding", "infonce-mrl"))  # of tests/test_packed_heads.py; split otherwise, gradients differ by up to 1.4e-6
 AUTO = {"embedding": AutoModel, "pairs": AutoModel, "generative_reranker": AutoModelForCausalLM}
 
 
