@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ QUESTIONS = 20
 def module(name: str):
     """One of the folder's scripts, under a name of its own."""
     spec = importlib.util.spec_from_file_location(f"gsm8k_{name}", FOLDER / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -98,7 +99,9 @@ def test_a_pair_is_a_right_and_a_wrong_solution_and_a_label_says_which(folder):
     for prefix in ("", "held_out_"):
         for row in read(folder / "rows" / f"{prefix}pairs.jsonl"):
             assert row["messages"][1] == {"role": "assistant", "content": "r\n\\boxed{1}"}
-            assert row["rejected_response"][0] == "w"
+            wrong, number = row["rejected_response"], int(row["rejected_response"][1])
+            first = 2 if "What is 2 " in row["messages"][0]["content"] else 1  # whose solutions are the wrong ones
+            assert wrong[0] == "w" and row["by"] == ["model_0", f"model_{first + number}"]
         for row in read(folder / "rows" / f"{prefix}labelled.jsonl"):
             assert row["label"] is (row["messages"][1]["content"][0] in "rs")
 
@@ -122,15 +125,38 @@ def test_a_row_in_another_format_is_named_by_its_line(folder):
         data.make_data(folder / "published", folder / "rows")
 
 
+def pair(question: str, right: int, wrong: int, authors: tuple[str, str] = ("a", "b")):
+    """Solutions of so many characters."""
+    return pairs.Pair(right=(question, "x" * right), wrong=(question, "y" * wrong), authors=authors)
+
+
+def length(one: tuple[str, str]) -> float:
+    return len(one[1])
+
+
 def test_the_standard_error_knows_that_pairs_of_a_question_belong_together():
     """Questions with 3, 1 and 1 pairs, of which 3, 0 and a half are right: mean 0.7, sums of deviations 0.9, -0.7, -0.2."""
-    lengths = {"a": (3, 1), "b": (1, 2), "c": (2, 2)}
-    found = [((q, "x" * lengths[q][0]), (q, "y" * lengths[q][1])) for q in "aaabc"]
+    found = [*[pair("one", 3, 1)] * 3, pair("two", 1, 2), pair("three", 2, 2)]
     expected = math.sqrt((0.9**2 + 0.7**2 + 0.2**2) * 3 / 2) / 5
-    assert pairs.accuracy(found, lambda one: len(one[1])) == pytest.approx({"accuracy": 0.7, "std_error": expected})
-    alone = [((str(i), "x"), (str(i), "y" * (i % 2))) for i in range(10)]  # one a question: that of a mean
-    usual = math.sqrt(0.25 * 0.25 * 10 / 9 / 10)
-    assert pairs.accuracy(alone, lambda one: len(one[1])) == pytest.approx({"accuracy": 0.75, "std_error": usual})
+    assert pairs.share(found, length) == pytest.approx((0.7, expected))
+    alone = [pair(str(i), 1, 2 * (i % 2)) for i in range(10)]  # one a question: that of a mean of halves
+    assert pairs.share(alone, length) == pytest.approx((0.5, math.sqrt(0.25 / 9)))
+
+
+def test_who_knows_only_authors_has_half_of_the_balanced_pairs(tmp_path):
+    """b is right three times, a once, against each other; no solution of b is right against a wrong one of c."""
+    ways = [("b", "a")] * 3 + [("a", "b"), ("c", "b")]
+    found = [pair(str(number), 10 + number, 20 + number, authors) for number, authors in enumerate(ways)]
+    labels = [{"by": author, "label": label} for author, label in (("a", True), ("a", False), ("b", True), ("c", False))]
+    write(tmp_path / "labelled.jsonl", labels)
+    right = pairs.authors(tmp_path / "labelled.jsonl")
+    assert right == {"a": 0.5, "b": 1.0, "c": 0.0}
+    judge = pairs.rules(found, right)["the author who is right more often"]
+    assert pairs.balance(found) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1, 0])
+    assert pairs.share(found, judge)[0] == pytest.approx(3 / 5)
+    assert pairs.share(found, judge, pairs.balance(found))[0] == pytest.approx(1 / 2)
+    reader = lambda one: one[1][0] == "x"  # noqa: E731 who knows which is right
+    assert pairs.share(found, reader, pairs.balance(found)) == (1.0, 0.0)
 
 
 def test_what_ends_in_a_whole_number():

@@ -6,8 +6,8 @@ DATA is a folder with `example_model_solutions.jsonl` and `train.jsonl`, as `gra
 https://github.com/openai/grade-school-math has them (MIT license). FOLDER gets
 
     sft.jsonl                       question and written solution of train.jsonl
-    pairs.jsonl                     dpo, rm: a right and a wrong solution of one question
-    labelled.jsonl                  kto: a solution and whether it is right
+    pairs.jsonl                     dpo, rm: a right and a wrong solution of one question; `by`: who wrote the two
+    labelled.jsonl                  kto: a solution and whether it is right; `by`: who wrote it
     prompts.jsonl                   grpo: question and answer, the questions of pairs.jsonl and labelled.jsonl
     held_out_*.jsonl                the same of questions that none of those has
 
@@ -87,23 +87,38 @@ def split(questions: list[str], held_out: float, seed: int) -> tuple[list[str], 
 
 def pairs_of(row: Row, counts: Counter[str]) -> list[Row]:
     """Every right solution of a question with every wrong one; equal texts count once. `counts` gets what is left out."""
-    right, wrong = ([text for text, is_right in row["solutions"] if is_right is wanted] for wanted in (True, False))
-    counts["solutions given twice to one question"] += len(right + wrong) - len(set(right)) - len(set(wrong))
-    both = set(right) & set(wrong)
+    right, wrong = distinct(row, True), distinct(row, False)
+    counts["solutions given twice to one question"] += len(row["solutions"]) - len(right) - len(wrong)
+    both = right.keys() & wrong.keys()
     counts["solutions marked both right and wrong, left out"] += len(both)
-    right, wrong = (sorted(set(texts) - both) for texts in (right, wrong))
-    counts["questions without a right solution"] += not right
-    counts["questions without a wrong solution"] += not wrong
-    return [conversation(row["question"], good) | {"rejected_response": bad} for good in right for bad in wrong]
+    counts["questions without a right solution"] += not right.keys() - both
+    counts["questions without a wrong solution"] += not wrong.keys() - both
+    return [
+        conversation(row["question"], good) | {"rejected_response": bad, "by": [right[good], wrong[bad]]}
+        for good in right
+        for bad in wrong
+        if not both & {good, bad}
+    ]
 
 
 def labelled_of(row: Row) -> list[Row]:
     """Every solution of a question once, with its label; none that is marked both right and wrong."""
-    labels: dict[str, set[bool]] = {}
-    for text, is_right in row["solutions"]:
-        labels.setdefault(text, set()).add(is_right)
-    once = [(text, found.pop()) for text, found in labels.items() if len(found) == 1]
-    return [conversation(row["question"], text) | {"label": is_right} for text, is_right in once]
+    right, wrong = distinct(row, True), distinct(row, False)
+    return [
+        conversation(row["question"], text) | {"label": label, "by": author}
+        for label, ours, others in ((True, right, wrong), (False, wrong, right))
+        for text, author in ours.items()
+        if text not in others
+    ]
+
+
+def distinct(row: Row, label: bool) -> dict[str, str]:
+    """The solutions of a question that are marked so, each with the first model that wrote it."""
+    found: dict[str, str] = {}
+    for author, text, is_right in row["solutions"]:
+        if is_right is label:
+            found.setdefault(text, author)
+    return found
 
 
 def prompt(row: Row) -> Row:
@@ -123,10 +138,10 @@ def boxed(solution: str) -> str:
 
 def _solved(row: Row) -> Row:
     truth = row["ground_truth"]
-    models = [value for value in row.values() if isinstance(value, dict)]
+    models = {name: value for name, value in row.items() if isinstance(value, dict)}
     if not models or not ANSWER_LINE.search(truth):
         raise KeyError("solutions by models, and a ground_truth with an answer")
-    solutions = [(boxed(model["solution"]), bool(model["is_correct"])) for model in models]
+    solutions = [(name, boxed(model["solution"]), bool(model["is_correct"])) for name, model in models.items()]
     return {"question": row["question"], "ground_truth": truth, "written": boxed(truth), "solutions": solutions}
 
 

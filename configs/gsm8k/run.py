@@ -78,7 +78,7 @@ def compare(work: Path) -> None:
     """Held-out pair accuracies, by transformers, into pairs.json."""
     options = {"base": checkpoint(work, "sft"), "result": work / "pairs.json"}
     options |= {name: checkpoint(work, name) for name in ("rm", "dpo", "kto")}
-    execute([HERE / "pairs.py", work / "data" / "held_out_pairs.jsonl"], options)
+    execute([HERE / "pairs.py", work / "data" / "held_out_pairs.jsonl", work / "data" / "labelled.jsonl"], options)
 
 
 def answer(work: Path) -> None:
