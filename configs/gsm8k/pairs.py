@@ -51,7 +51,8 @@ def main() -> None:
     models = {name: folder for name in MODELS if (folder := getattr(arguments, name))}
     solutions = sorted({solution for pair in pairs for solution in (pair.right, pair.wrong)})
     judges = rules(pairs, authors(arguments.labelled)) | trained(solutions, arguments.base, models)
-    found = {name: {"all": share(pairs, judge), "balanced": share(pairs, judge, balance(pairs))} for name, judge in judges.items()}
+    weights = balance(pairs)
+    found = {name: {"all": share(pairs, judge), "balanced": share(pairs, judge, weights)} for name, judge in judges.items()}
     questions = len({pair.right[0] for pair in pairs})
     print(f"{len(pairs)} held-out pairs of {questions} questions")
     print(f"{'share with the right one preferred':36}{'all pairs':>16}{'balanced':>16}")
