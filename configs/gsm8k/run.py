@@ -82,12 +82,12 @@ def compare(work: Path) -> None:
 
 
 def answer(work: Path) -> None:
-    """Answers of each policy to the held-out questions, greedily."""
+    """Answers of the policy before and after GRPO to the held-out questions, sampled as in training."""
     for stage in ("sft", "grpo"):
         megaray("eval", {
             "model": checkpoint(work, stage), "dataset": work / "data" / "held_out_prompts.jsonl", "reward_funcs": "accuracy",
             "template_backend": "jinja", "torch_dtype": "float32", "max_new_tokens": 192, "vllm_max_model_len": 448,
-            "vllm_enforce_eager": "true", "result_path": work / f"eval_{stage}.json",
+            "vllm_enforce_eager": "true", "temperature": 1.0, "num_generations": 8, "result_path": work / f"eval_{stage}.json",
         })  # fmt: skip
 
 
@@ -126,8 +126,8 @@ def summary(work: Path) -> list[str]:
     for stage in ("sft", "grpo"):
         if (path := work / f"eval_{stage}.json").exists():
             found = json.loads(path.read_text())["rewards"]["accuracy"]
-            text = f"{found['mean']:.4f} +- {found['std_error']:.4f} of {found['count']} held-out questions"
-            lines.append(f"eval  {stage}: right answers to {text}")
+            text = f"{found['mean']:.4f} ± {found['std_error']:.4f} of {found['count']}"
+            lines.append(f"eval  {stage}: right {text} answers to held-out questions")
     return lines
 
 
