@@ -59,10 +59,9 @@ def main() -> None:
 
 def train(stage: str, work: Path, seed: int) -> None:
     """One training command, unless its last checkpoint is there; what a stopped one has left is removed first."""
-    if (run := work / stage).exists() and not checkpoint(work, stage).exists():
-        shutil.rmtree(run)
-    if run.exists():
+    if checkpoint(work, stage).exists():
         return
+    shutil.rmtree(work / stage, ignore_errors=True)
     rows = FILES[stage]
     model = work / "model" if stage == "sft" else checkpoint(work, "sft")
     options = {"config": HERE / f"{stage}.yaml", "model": model, "dataset": work / "data" / f"{rows}.jsonl"}
