@@ -1,7 +1,11 @@
-"""A tiny model and tokenizer for GSM8K, made from nothing but the training texts."""
+"""A tiny model and tokenizer for GSM8K, made from nothing but the training texts.
+
+usage: model.py rows/sft.jsonl FOLDER [--seed 0]
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +16,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A tiny random model, and a tokenizer of the rows' texts.")
+    parser.add_argument("rows", type=Path, help="sft.jsonl of data.py")
+    parser.add_argument("folder", type=Path, help="where the model goes")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make_model(arguments.folder, arguments.rows, seed=arguments.seed)
 
 
 def make_model(folder: Path, rows: Path, *, seed: int = 0) -> None:
@@ -48,3 +61,7 @@ def make_model(folder: Path, rows: Path, *, seed: int = 0) -> None:
         pad_token_id=fast.pad_token_id,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
