@@ -165,6 +165,20 @@ def test_what_ends_in_a_whole_number():
     assert not any(map(pairs.is_whole, ["\\boxed{2.5}", "\\boxed{1/2}", "\\boxed{x}", "18", "\\boxed{1/0}"]))
 
 
+def test_a_solution_is_read_digit_by_digit_and_ends_with_its_token(folder):
+    from transformers import AutoTokenizer
+
+    data.make_data(folder / "published", folder / "rows")
+    module("model").make_model(folder / "model", folder / "rows" / "sft.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids, asked = pairs.encoded(tokenizer, ("How many are 42?", "42 are <<42=42>>42.\n\\boxed{42}"))
+    assert tokenizer.decode(ids[:asked]) == "<user>How many are 42?<end><assistant>"
+    assert tokenizer.decode(ids[asked:]) == "42 are <<42=42>>42.\n\\boxed{42}<end>" and ids[-1] == tokenizer.eos_token_id
+    assert [tokenizer.decode(id) for id in ids].count("4") == 6
+    found = pairs.logprobs(folder / "model", [("q", "1 + 1")])
+    assert len(found["q", "1 + 1"]) == len(tokenizer("1 + 1<end>").input_ids)
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "kto", "grpo"])
 def test_each_stage_has_a_valid_config_and_its_rows(stage, folder, monkeypatch):
     for name in ("NPROC_PER_NODE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "MEGARAY_OUTPUT_ROOT"):
