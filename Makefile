@@ -1,14 +1,18 @@
-# make demo | make demo-gkd | make test | make test-all | make check
+# make demo | make demo-gkd | make gsm8k DATA=FOLDER | make test | make test-all | make check
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-gkd setup test test-all test-gpu lint check
+.PHONY: demo demo-gkd gsm8k setup test test-all test-gpu lint check
 demo: setup
 	$(BIN)/python configs/demo/run.py
 
 demo-gkd: setup
 	$(BIN)/python configs/demo/distil.py
+
+gsm8k: setup
+	@test -n "$(DATA)" || { echo "make gsm8k DATA=FOLDER: grade_school_math/data of github.com/openai/grade-school-math" >&2; exit 2; }
+	$(BIN)/python configs/gsm8k/run.py $(DATA)
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not slow" --durations=15

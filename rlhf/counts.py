@@ -90,8 +90,12 @@ def frozen_group(config: Config) -> str | None:
 
 
 def reward_names(config: Config) -> list[str]:
-    """The rewards in the order of `reward_weights`: functions, then the reward model by its folder's name."""
-    return [*config.reward_funcs, *([Path(config.reward_model).name] if config.reward_model else [])]
+    """The rewards in the order of `reward_weights`: functions, then the reward model by its folder's name, or its run's."""
+    if not config.reward_model:
+        return list(config.reward_funcs)
+    folder = Path(config.reward_model)
+    run = folder.parent.name if folder.name.startswith("checkpoint-") else ""
+    return [*config.reward_funcs, run or folder.name]
 
 
 def row_sequences(config: Config) -> int:

@@ -40,6 +40,7 @@ def check_reward_model(config: Config, *, weights: bool) -> ModelShape:
         raise ValueError(f"reward_model {folder} has {kind}: a reward is one number; `rlhf --rlhf_type rm` trains such a model")
     if weights:
         check_files(folder)
-    if reward_names(config).count(folder.name) > 1:
-        raise ValueError(f"reward_model {folder} and a reward function have the same name: rename the folder")
+    name = reward_names(config)[-1]
+    if name in config.reward_funcs:
+        raise ValueError(f"reward_model {folder} and a reward function are both named {name}: rename the folder")
     return shape

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf.config import Config
+from rlhf.counts import reward_names
 from rlhf.heads import head_of
 from rlhf.memory import GIB, policy_memory, reward_model_memory, shapes
 from rlhf.options import load_config
@@ -118,6 +119,17 @@ def test_dimensions_of_embeddings_are_read_as_ms_swift_reads_them(folder):
     assert load_config([*words.split(), "--mrl_dims", '{"32": 1.0, "64": 0.5}']).mrl_dims == {32: 1.0, 64: 0.5}
     (folder / "c.yaml").write_text("mrl_dims: {32: 1, 64: 0.5}")
     assert load_config([*words.split(), "--config", "c.yaml"]).mrl_dims == {32: 1.0, 64: 0.5}
+
+
+def test_a_reward_model_is_named_by_its_folder_or_its_run(folder):
+    score = CLASSES | {"id2label": {"0": "LABEL_0"}}
+    for run in ("rm", "format"):
+        write_model(folder / run / "checkpoint-80", score)
+    base = "rlhf --rlhf_type grpo --model m --reward_funcs format --reward_model"
+    assert reward_names(config_of(f"{base} score")) == ["format", "score"]
+    assert reward_names(config_of(f"{base} rm/checkpoint-80")) == ["format", "rm"]
+    with pytest.raises(ValueError, match="are both named format: rename the folder"):
+        config_of(f"{base} format/checkpoint-80")
 
 
 def test_a_variable_is_kept_with_the_run(monkeypatch):
