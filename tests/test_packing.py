@@ -9,8 +9,9 @@ import pytest
 
 from rlhf.config import Config, TeacherRole
 from rlhf.fit import refusal, warning
-from rlhf.memory import micro_batch_tokens, phases, shapes
+from rlhf.memory import micro_batch_tokens, shapes
 from rlhf.model_folder import read_shape
+from rlhf.phases import phases
 from rlhf.plan import plan, render
 from rlhf.resolution import resolve
 from tests.model_json import TINY, write_model
