@@ -1,8 +1,7 @@
 """Conversations to token ids and loss masks, through ms-swift's templates or the tokenizer's own chat template.
 
 `template_backend swift`: ms-swift's template of the model renders prompts and rows. `jinja`: the tokenizer's chat
-template does; ms-swift would then train on every token of a row, so the loss mask is built here: the assistant's
-answers, each with its end token. Text only.
+template does (`actors.chat_template`). Text only.
 
 Letters: L tokens of one conversation.
 """
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.chat_template import ChatTemplate
 from actors.head_rows import head_rows
 from actors.processor import load_processor, own_template
 from rlhf.config import HEADED, PAIRED, reads_answers, reads_prompts
@@ -77,6 +77,7 @@ class Encoder:
             use_chat_template=config.task != "pt",
         )
         self.tokenizer = self.template.tokenizer
+        self.chat_template = ChatTemplate(self.template)
         unknown_model = self.template.template_meta.template_type == "dummy"
         self.jinja = config.task != "pt" and (config.template_backend == "jinja" or unknown_model)
         if self.jinja and not self.tokenizer.chat_template:
@@ -95,7 +96,7 @@ class Encoder:
         """Special tokens by which the template ends an answer: a base model's own end token is often another one."""
         if self.jinja:
             question = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-            ends = [self._render(question, {}).rpartition("ANSWER")[2]]
+            ends = [self.chat_template.render(question, {}).rpartition("ANSWER")[2]]
         else:
             meta = self.template.template_meta
             ends = [word for word in (*meta.stop_words, *meta.suffix[-1:]) if isinstance(word, str)]
@@ -167,15 +168,15 @@ class Encoder:
             ids = np.array(self._text_ids(conversation), np.int32)
             return ids, np.zeros(len(ids), np.float32)
         if self.jinja:
-            return self._encode_with_chat_template(conversation)
+            return self.chat_template.encode(conversation)
         return self._encode_with_template(conversation)
 
     def _text_ids(self, conversation: dict[str, Any]) -> list[int]:
         if not self.jinja:
             self.template.set_mode("train")
             return self.template.encode(conversation)["input_ids"]
-        messages = self._with_system(conversation["messages"])
-        text = self._render(messages, conversation, add_generation_prompt=messages[-1]["role"] != "assistant")
+        messages = self.chat_template.with_system(conversation["messages"])
+        text = self.chat_template.render(messages, conversation, add_generation_prompt=messages[-1]["role"] != "assistant")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _prompt_tokens(self, conversation: dict[str, Any]) -> np.ndarray:
@@ -191,7 +192,8 @@ class Encoder:
         if isinstance(encoded, str) or encoded.truncated:
             return
         ids = encoded.sequences[-1].token_ids.tolist()
-        text = self._render(self._with_system(without_answer(row["messages"])), row, add_generation_prompt=True)
+        messages = self.chat_template.with_system(without_answer(row["messages"]))
+        text = self.chat_template.render(messages, row, add_generation_prompt=True)
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids != own:
             yield (
@@ -225,66 +227,6 @@ class Encoder:
         if encoded.get("loss_scale") is not None:
             mask *= np.array(encoded["loss_scale"], np.float32)
         return np.array(encoded["input_ids"], np.int32), mask
-
-    def _encode_with_chat_template(self, conversation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask = [], []
-        for text, weight in self._weighted_text(conversation):
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += tokens
-            mask += [weight] * len(tokens)
-        return np.array(ids, np.int32), np.array(mask, np.float32)
-
-    def _weighted_text(self, conversation: dict[str, Any]) -> list[tuple[str, float]]:
-        """The rendered conversation in pieces, each with the loss weight of its tokens; neighbours differ in weight.
-
-        A piece is tokenized by itself, as prompt and response are when the model answers.
-        """
-        messages = self._with_system(conversation["messages"])
-        text = self._render(messages, conversation)
-        loss_scale, end = self.template.loss_scale, self.tokenizer.eos_token
-        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        pieces: list[tuple[str, float]] = []
-        untrained = 1.0 if loss_scale.base_strategy == "all" else 0.0
-        position = 0
-        for i, message in enumerate(messages):
-            if message["role"] == "tool_call":
-                raise ValueError("rows with tool_call messages need template_backend swift for training")
-            if message["role"] != "assistant" or not _is_trained(message, loss_scale, after_last_user=i > last_user):
-                continue
-            before = self._render(messages[:i], conversation, add_generation_prompt=True)
-            after = text if i == len(messages) - 1 else self._render(messages[: i + 1], conversation)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError(
-                    f"the chat template renders message {i + 1} differently once others follow it, so what to train on "
-                    "is not known: set loss_scale to last_round, or template_backend to swift"
-                )
-            answer = after[len(before) :]
-            trained = answer[: answer.rfind(end) + len(end)] if end and end in answer else answer
-            pieces.append((text[position : len(before)], untrained))
-            pieces += _answer_pieces(trained, message, messages[i - 1] if i else None, loss_scale)
-            position = len(before) + len(trained)
-        pieces.append((text[position:], untrained))
-        return _merged(pieces)
-
-    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        system = self.template.template_meta.default_system
-        if system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": system}, *messages]
-
-    def _render(
-        self, messages: list[dict[str, Any]], row: dict[str, Any], *, add_generation_prompt: bool = False
-    ) -> str:
-        options = {}
-        if self.template.template_meta.is_thinking or self.template.enable_thinking:
-            options["enable_thinking"] = self.template.enable_thinking
-        if row.get("tools"):
-            options["tools"] = row["tools"]
-        options |= row.get("chat_template_kwargs") or {}
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
-
 
 def _passed_on(row: dict[str, Any]) -> dict[str, Any]:
     """What a template reads of a row."""
@@ -323,29 +265,3 @@ def _rejected(row: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError("neither `rejected_response` nor `rejected_messages`")
     prompt = without_answer(row["messages"])
     return [*prompt, {"role": "assistant", "content": answer}] if isinstance(answer, str) else [*prompt, *answer]
-
-
-def _is_trained(message: dict[str, Any], loss_scale: Any, *, after_last_user: bool) -> bool:
-    """ms-swift's rule: the message's own `loss`, else the base strategy."""
-    if message.get("loss") is not None:
-        return bool(message["loss"])
-    return loss_scale.base_strategy != "last_round" or after_last_user
-
-
-def _answer_pieces(
-    text: str, message: dict[str, Any], query: dict[str, Any] | None, loss_scale: Any
-) -> list[tuple[str, float]]:
-    if message.get("loss_scale") is not None:
-        return [(text, float(message["loss_scale"]))]
-    texts, weights = loss_scale.get_loss_scale(text, query=query["content"] if query else "")
-    return list(zip(texts, weights, strict=True))
-
-
-def _merged(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    merged: list[tuple[str, float]] = []
-    for text, weight in pieces:
-        if merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        elif text:
-            merged.append((text, weight))
-    return merged

@@ -9,8 +9,8 @@ from typing import Any
 from rlhf.charts import Series, line_chart, number, stacked_bars
 
 PHASES = {"generate": 1, "score": 5, "logprobs": 4, "train": 3, "push": 6, "switch": 8, "save": 2}  # and their colours
-SHARES = {"accuracy": "Accuracy", "recall@1": "Recall@1", "mrr": "Mean reciprocal rank"}
-HELD_OUT = {"loss": "Loss", "rewards/accuracies": "Right preferences", "kl": "KL", **SHARES}
+SHARES = {"accuracy": "accuracy", "recall@1": "recall@1", "mrr": "mean reciprocal rank"}
+HELD_OUT = {"loss": "loss", "rewards/accuracies": "right preferences", "kl": "KL", **SHARES}
 
 
 def values(rows: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
@@ -54,7 +54,7 @@ def charts(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str,
         one("Loss", "", "loss", 4),
         one("Right preferences", "share of pairs (kto: of rows) on the right side", "rewards/accuracies", 1),
         lines("Rewards", "of the better and the worse answers", *chosen_and_rejected),
-        *(one(label, "share of the rows of a step", name, 1) for name, label in SHARES.items()),
+        *(one(label.capitalize(), "share of the rows of a step", name, 1) for name, label in SHARES.items()),
         one("Gradient norm", "before clipping", "grad_norm", 5),
         lines("Learning rate", "", Series(name="lr", values=values(rows, "lr"), color=6), window=1),
         one("Rollout–train difference", "mean |logprob difference|, nats per token", "rollout_train_logprob_diff", 2),
@@ -75,7 +75,7 @@ def _held_out(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, label in HELD_OUT.items():
         series = [Series(name=name, values=values(evaluations, name), color=2)]
         if any(value is not None for value in series[0].values):
-            figures.append(_figure(f"Held-out {label.lower()}", "", line_chart(steps, series), series))
+            figures.append(_figure(f"Held-out {label}", "", line_chart(steps, series), series))
     return figures
 
 
