@@ -23,7 +23,8 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
             if getattr(config, name):
                 raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
     if config.offload_teacher_model and not needs_teacher(config):
-        why = "the teacher's engines have devices of their own" if teacher_engines(config) else "the policy itself is the teacher"
+        own = "the teacher's engines have devices of their own"
+        why = own if teacher_engines(config) else "with LoRA the policy itself is the teacher"
         raise ValueError(f"offload_teacher_model has nothing to act on: {why}")
     folder = Path(config.teacher.model)
     teacher = read_shape(folder)

@@ -97,6 +97,7 @@ def test_sigterm_ends_a_run_with_its_processes(model, data, tmp_path):
     assert psutil.wait_procs(started, timeout=30)[1] == []
 
 
+@pytest.mark.slow
 def test_a_reward_worker_and_an_engine_are_replaced_and_a_dead_rank_ends_the_run(model, data, plugin, tmp_path):
     options = {"nproc_per_node": 2, "cpus_per_rank": 0.5, "rollout.num_engines": 1}
     arguments = grpo(model, data, plugin, tmp_path, "run", train_iters=100000, save_steps=5, **options)

@@ -148,6 +148,7 @@ def test_bfloat16_rounds_once_and_computes_in_float32_with_the_rounded_weights(h
     assert np.abs(logits_from(readers) - logits_of(hf)).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_training_from_a_megatron_checkpoint_is_training_from_the_model(hosts, model, megatron):
     """Losses, gradient norms, and the weights that a float32 checkpoint gives a bfloat16 run."""
     shards = shards_of(ROWS, ray.put(ROWS), SPLIT)
@@ -188,6 +189,7 @@ def test_a_checkpoint_of_another_model_is_told_so(hosts, megatron, tmp_path):
         exporter(hosts, "--mcore_model", megatron, "--to_hf", "--model", other)
 
 
+@pytest.mark.slow
 def test_an_adapters_checkpoint_is_merged_into_the_base_that_it_records(hosts, model, megatron, lora, tmp_path):
     """Its base is a Megatron checkpoint too; PEFT merges what the same run wrote for transformers."""
     from peft import PeftModel

@@ -85,7 +85,7 @@ def test_a_head_starts_from_a_language_models_checkpoint_as_from_the_model(hosts
         assert np.ptp(expected) > 1e-3
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task if task == "rm" else pytest.param(task, marks=pytest.mark.slow) for task in TASKS])
 def test_a_checkpoint_without_safetensors_is_started_from_and_converted_with_its_head(hosts, model, tmp_path, task):
     complete = trained(hosts, tmp_path / "with", config_of(model, task))
     without = trained(hosts, tmp_path / "without", config_of(model, task, save_safetensors=False))

@@ -28,8 +28,6 @@ SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." 
 QUESTION = "what is 5+5?"
 SMALL = {"max_length": 256, "global_batch_size": 4}
 GPU_KERNELS = ("moe_permute_fusion", "attention_backend")  # refused without GPUs: see the last tests
-# The guide's engine has 4 devices. Engines on several devices are not supported yet: 2 when they are.
-ENGINE_DEVICES = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +247,7 @@ def assert_grpo(run: Path) -> None:
 def test_grpo_with_a_rollout_server(place):
     temporary = tempfile.mkdtemp(prefix="mr", dir="/tmp")  # the two terminals' own; a short path: Ray's sockets lie in it
     log = place.folder / "rollout.log"
-    line = here(guide.ROLLOUT, model=place.model, vllm_tensor_parallel_size=ENGINE_DEVICES)
+    line = here(guide.ROLLOUT, model=place.model, vllm_tensor_parallel_size=2)
     terminal = command.start_in_shell(line, log=log, address="", TMPDIR=temporary)
     try:
         command.wait_until(lambda: "ready: " in log.read_text(), terminal, log=log)

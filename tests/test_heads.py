@@ -254,7 +254,13 @@ def adapter_loss(task: str):
 
 @pytest.mark.parametrize(
     ("layout", "whole"),
-    [("one", []), ("tp2-sp", []), ("pp2", []), ("tp2-sp", ["word_embeddings"]), ("pp2", ["word_embeddings"])],
+    [
+        ("one", []),
+        ("tp2-sp", []),
+        pytest.param("pp2", [], marks=pytest.mark.slow),
+        pytest.param("tp2-sp", ["word_embeddings"], marks=pytest.mark.slow),
+        ("pp2", ["word_embeddings"]),
+    ],
 )
 @pytest.mark.parametrize("task", ["rm", "pairs"])
 def test_an_adapter_and_what_is_trained_with_it_load_in_peft_and_merged_and_resume(

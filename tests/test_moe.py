@@ -163,6 +163,7 @@ def test_a_checkpoint_of_split_experts_continues_under_another_layout(hosts, mod
     assert group.train_step(shards_of(rows, source, SPLITS[2]), nll_loss) == pytest.approx(split.second, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_optimizer_state_of_split_experts_is_refused_on_one_rank(hosts, model, rows, source, measured):
     folder = str(measured("ep2").folder / "step1")
     with pytest.raises(ValueError, match="parallel_size above 1, the run has expert_model_parallel_size 1.*no_load_optim"):
@@ -219,7 +220,10 @@ def test_saved_folder_loads_in_transformers(hosts, model, rows, source, measured
     assert largest_difference(logprobs, hf_logprobs(hugging_face(folder / "step2"), rows)) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", [{}, EP2, TP2_SP | EP2], ids=["one", "ep2", "tp2-ep2"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param({}, id="one"), pytest.param(EP2, id="ep2"), pytest.param(TP2_SP | EP2, id="tp2-ep2", marks=pytest.mark.slow)],
+)
 def test_lora(hosts, model, rows, source, tmp_path, layout):
     config = policy_config(model, tuner_type="lora", lora_dropout=0.05, lr=1e-2, **layout)
     size = 2 if layout else 1

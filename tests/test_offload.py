@@ -32,7 +32,9 @@ def host_bytes(group) -> list[int]:
     return ray.get([actor.host_bytes.remote() for actor in group.actors])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name == "tp2-bf16" else name for name in LAYOUTS]
+)
 def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_path, layout):
     rows = random_rows(ROWS)
     source = ray.put(rows)

@@ -14,6 +14,7 @@ from rlhf.reranker import train_reranker
 from rlhf.reward_model import train_reward_model
 from tests.test_heads import ROWS_OF, config_of, expected, headed, model, rows, source  # noqa: F401
 
+pytestmark = pytest.mark.slow
 LOOPS = {"rm": train_reward_model, "seq_cls": train_classification, "embedding": train_embedding, "pairs": train_embedding}
 CASES = {  # of tests.test_heads: how a run is told to have this loss
     ("rm", "rm"): {"center_rewards_coefficient": 0.1},

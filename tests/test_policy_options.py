@@ -87,7 +87,14 @@ def test_weights_of_an_overlapped_gather_leave_the_device_and_are_pushed_complet
     assert largest_difference(*saved) <= 1e-6
 
 
-@pytest.mark.parametrize("layout", [{}, TP2_SP, {"pipeline_model_parallel_size": 2}], ids=["one", "tp2-sp", "pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({}, id="one"),
+        pytest.param(TP2_SP, id="tp2-sp", marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2}, id="pp2"),
+    ],
+)
 def test_modules_to_save_are_trained_whole(hosts, model, rows, source, tmp_path, layout):
     """Embeddings and output layer move with the adapters, come back from a checkpoint, and are in what PEFT reads."""
     config, size = policy_config(model, **WHOLE, **layout), 2 if layout else 1

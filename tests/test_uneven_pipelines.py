@@ -151,7 +151,7 @@ def rows():
     ("make", "options"),
     [
         pytest.param(make_tiny_model, UNIFORM, id="dense"),
-        pytest.param(make_tiny_moe, {"moe_aux_loss_coeff": 1e-2}, id="experts"),
+        pytest.param(make_tiny_moe, {"moe_aux_loss_coeff": 1e-2}, id="experts", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_in_uneven_stages_equals_hugging_face_and_continues_in_others(hosts, rows, tmp_path, make, options):
