@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from rlhf.head_losses import classification_loss, embedding_loss, embedding_values, reranker_loss, rm_loss
 from rlhf.records import RowTokens, SequenceRef, Shard
-from tests.policy_ranks import policy_config, random_rows
+from tests.policy_ranks import SPLIT_BAR, policy_config, random_rows
 from tests.tiny import make_tiny_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -230,7 +230,7 @@ def expected(headed, rows):
 def test_losses_and_gradients_are_those_of_hugging_face_however_the_batch_is_split(
     hosts, headed, rows, source, expected, task, layout
 ):
-    """Gradients by parameter, of ranks that hold whole ones: within 1e-6 of the largest for 1, 2 and 4 micro batches."""
+    """Gradients by parameter, of ranks that hold whole ones: within SPLIT_BAR of the largest for 1, 2 and 4 micro batches."""
     ranks = SIZES.get(layout, 2)
     still = {"lr": 0.0, "weight_decay": 0.0, "use_distributed_optimizer": False, "clip_grad": 0.0}
     group = hosts.start(config_of(headed[task], task, **LAYOUTS[layout], **still), ranks)
@@ -245,7 +245,7 @@ def test_losses_and_gradients_are_those_of_hugging_face_however_the_batch_is_spl
                 gradients.append(group.gradients(shards, loss, None, None, values))
         for other in gradients[1:]:
             largest = max(np.abs(value).max() for value in gradients[0].values())
-            assert max(np.abs(other[key] - value).max() for key, value in gradients[0].items()) <= 1e-6 * largest, name
+            assert max(np.abs(other[key] - value).max() for key, value in gradients[0].items()) <= SPLIT_BAR * largest, name
 
 
 def adapter_loss(task: str):

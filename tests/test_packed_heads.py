@@ -12,6 +12,7 @@ from rlhf.embedding import train_embedding
 from rlhf.records import RowSummary
 from rlhf.reranker import train_reranker
 from rlhf.reward_model import train_reward_model
+from tests.policy_ranks import SPLIT_BAR
 from tests.test_heads import ROWS_OF, config_of, expected, headed, model, rows, source  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -106,7 +107,7 @@ def measured(hosts, headed, rows, source):  # noqa: F811
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_loss_and_gradients_of_packs_are_those_of_their_rows(measured, expected, case):  # noqa: F811
-    """Loss and norm by Hugging Face and torch alone; gradients within 1e-6 of the largest."""
+    """Loss and norm by Hugging Face and torch alone; gradients within SPLIT_BAR of the largest."""
     alone, packed, over_two = measured[case]
     sequences = sorted(len(ROWS_OF[case[0]][0]) * len(pack) for pack in uneven_packs(len(ROWS_OF[case[0]])))
     assert sorted(packed.micro_batches[0]) == sequences and [len(shard) for shard in over_two.micro_batches] == [2, 2]
@@ -115,4 +116,4 @@ def test_loss_and_gradients_of_packs_are_those_of_their_rows(measured, expected,
     largest = max(np.abs(value).max() for value in alone.gradients.values())
     for step in (packed, over_two):
         assert step.metrics == pytest.approx(alone.metrics, abs=1e-6)
-        assert max(np.abs(step.gradients[key] - value).max() for key, value in alone.gradients.items()) <= 1e-6 * largest
+        assert max(np.abs(step.gradients[key] - value).max() for key, value in alone.gradients.items()) <= SPLIT_BAR * largest
