@@ -173,7 +173,7 @@ class Policy(MegatronRank):
         self.training.finish_gather()
         self.training.module.offload_grad_buffers(empty_cache=False)
         if self.config.offload_optimizer:
-            self.optimizer_state.leave(self.training.state_tensors(), later=self.training.moment_bytes())
+            self.optimizer_state.leave(self.training.state_tensors())
         super().offload(weights)
 
     def come_back(self) -> None:

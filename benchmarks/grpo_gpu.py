@@ -1,9 +1,13 @@
-"""GRPO on one GPU, colocated: seconds of a step and of its phases, beside the floor of each phase, in one go.
+"""GRPO on GPUs: seconds of a step and of its phases, beside the floor of each phase, in one go. By itself on one, colocated.
 
 The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. Floors, each in a
 process that has the GPU to itself: vLLM driven by `LLM.generate(logprobs=0)`, as others do, and in-process without logprobs, its
 fastest way; Megatron's forward, backward and optimizer step on batches of the same sizes; a device copy of the weights.
-"turns" is generation and push alone, with a policy that has no optimizer.
+An engine's floors have its share of the prompts, Megatron's as many ranks as the run. "turns" is generation and push alone,
+with a policy that has no optimizer.
+
+Two GPUs: `-- --vllm_mode server`, or `-- --nproc_per_node 2 --tensor_model_parallel_size 2 --sequence_parallel true
+--rollout.num_engines 2`.
 
 usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,default,fast,megatron,copy] [--out result.json]
                    [-- further options of the run]
@@ -106,12 +110,15 @@ def measure_default(arguments: argparse.Namespace) -> list[float]:
     """Seconds of `LLM.generate(logprobs=0)`, default settings."""
     from vllm import LLM, SamplingParams
 
+    from rlhf.options import load_config
+
+    config = load_config(options(arguments))
     engine = LLM(str(arguments.work / "model"), gpu_memory_utilization=0.5, max_num_seqs=PROMPTS * RESPONSES)
     params = SamplingParams(n=RESPONSES, temperature=1.0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=0)
     seconds = []
     for _ in range(2):
         start = time.monotonic()
-        engine.generate([{"prompt_token_ids": ids} for ids in prompts()], params, use_tqdm=False)
+        engine.generate([{"prompt_token_ids": ids} for ids in engine_prompts(config)], params, use_tqdm=False)
         seconds.append(time.monotonic() - start)
     return seconds
 
@@ -122,8 +129,9 @@ def measure_fast(arguments: argparse.Namespace) -> list[float]:
     from rlhf.options import load_config
 
     os.environ |= ENVIRONMENT
-    engine = EngineAlone(load_config(options(arguments)), 0)
-    return [engine.alone(prompts(), RESPONSES, arguments.tokens, None) for _ in range(2)]
+    config = load_config(options(arguments))
+    engine = EngineAlone(config, 0)
+    return [engine.alone(engine_prompts(config), RESPONSES, arguments.tokens, None) for _ in range(2)]
 
 
 def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]:
@@ -132,16 +140,18 @@ def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]
     import ray
 
     from actors.group import RankGroup
+    from rlhf.counts import policy_ranks
     from rlhf.options import load_config
 
     config = load_config(options(arguments))
     ray.init(include_dashboard=False, logging_level="ERROR")
-    rank = ray.remote(concurrency_groups={"report": 1})(PolicyAlone).options(num_gpus=1).remote(config, rank=0, world_size=1)
-    policy = RankGroup("policy", [rank], timeout=600)
+    kind, size = ray.remote(concurrency_groups={"report": 1})(PolicyAlone).options(num_gpus=1), policy_ranks(config)
+    policy = RankGroup("policy", [kind.remote(config, rank=rank, world_size=size) for rank in range(size)], timeout=600)
     policy.setup()
     policy.broadcast("schedule", 100)
     arrays = [np.array(ids, np.int32) for ids in prompts()]
-    policy.scatter("take", random_shards(arrays, RESPONSES, arguments.tokens, VOCABULARY, config, 1))
+    shards = random_shards(arrays, RESPONSES, arguments.tokens, VOCABULARY, config, policy.data_size)
+    policy.on_shards("take", shards)
     return [policy.broadcast("alone", 0.0)[0] for _ in range(1 + arguments.steps)][1:]
 
 
@@ -201,6 +211,13 @@ def measure_copy(arguments: argparse.Namespace) -> float:
         torch.cuda.synchronize()
         seconds.append(time.monotonic() - start)
     return min(seconds)
+
+
+def engine_prompts(config: Any) -> list[list[int]]:
+    """Those that one of the run's engines answers."""
+    from rlhf.counts import rollout_engines
+
+    return prompts()[: PROMPTS // rollout_engines(config)]
 
 
 def prompts() -> list[list[int]]:

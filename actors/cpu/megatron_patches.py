@@ -96,7 +96,7 @@ def _mend_distributed_optimizer() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load, shard = DistributedOptimizer.load_state_dict, DistributedOptimizer.sharded_state_dict
+    load = DistributedOptimizer.load_state_dict
 
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         group, order = self.model_param_group_index_map[model_param]
@@ -111,16 +111,7 @@ def _mend_distributed_optimizer() -> None:
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
 
-    def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if is_loading:  # an optimizer that never stepped has no `step` to tell the shape of its state
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    empty = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[parameter] = self.optimizer.state[parameter] or {"step": torch.tensor(0.0), **empty}
-        return shard(self, model_state, is_loading, *args, **kwargs)
-
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
 
 

@@ -67,8 +67,7 @@ def save_description(model: Model, folder: Path) -> None:
 
 
 def save_state(model: Model, training: Training, folder: Path, *, step: int, optimizer: bool, rng: bool) -> None:
-    """Write `folder`/mcore, a collective. Without `optimizer`, and before the first step, the schedule is left out too."""
-    optimizer = optimizer and training.has_state
+    """Write `folder`/mcore, a collective. Without `optimizer` the schedule is left out too."""
     state = _model_state(model)
     optimizers = len(training.optimizer.chained_optimizers)
     contents = _contents(model, step=step, optimizer=optimizer, rng=rng) | {"optimizers": optimizers}
@@ -145,7 +144,6 @@ def load_state(model: Model, training: Training, folder: Path, *, optimizer: boo
         training.optimizer.load_state_dict(loaded["optimizer"])
         training.scheduler.num_steps = 0
         training.scheduler.load_state_dict(loaded["scheduler"])
-        training.has_state = True
     else:
         training.optimizer.reload_model_params()
     if "rng" in everything:
@@ -162,6 +160,8 @@ def _check_optimizers(contents: dict[str, Any], training: Training, folder: Path
             f"{folder} holds the optimizer's state of {sizes[written]}, the run has {sizes[now]}: give the former, or "
             "--no_load_optim true for a new optimizer"
         )
+
+
 def _write(everything: dict[str, Any], folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing

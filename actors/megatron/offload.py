@@ -22,11 +22,11 @@ class Offload:
         self.host: torch.Tensor | None = None  # uint8, kept: to lock its pages takes seconds
         self.away: list[tuple[torch.UntypedStorage, int]] = []  # and the bytes of each
 
-    def leave(self, tensors: Iterable[torch.Tensor], *, later: int = 0, unchanged: bool = False) -> None:
+    def leave(self, tensors: Iterable[torch.Tensor], *, unchanged: bool = False) -> None:
         """Move the storages of `tensors` to host memory; until `come_back` nothing may touch them. Nothing if away.
 
-        `later`: bytes that will come with them another time. `unchanged`: these tensors are what they were when they left the
-        last time, so that host memory, if they did, still has their bytes.
+        `unchanged`: these tensors are what they were when they left the last time, so that host memory, if they did, still has
+        their bytes.
         """
         import torch
 
@@ -36,9 +36,9 @@ class Offload:
         by_address = {storage.data_ptr(): storage for storage in here if storage.nbytes()}  # views share one
         size = sum(storage.nbytes() for storage in by_address.values())
         there = unchanged and self.host is not None
-        if size + later and (self.host is None or self.host.numel() < size):
+        if size and (self.host is None or self.host.numel() < size):
             self.host = None  # give its memory back before taking more
-            self.host = self.platform.host_memory(size + later)
+            self.host = self.platform.host_memory(size)
         self.away = [(storage, storage.nbytes()) for storage in by_address.values()]
         for source, target in [] if there else self._pairs():
             target.copy_(source, non_blocking=True)

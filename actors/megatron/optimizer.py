@@ -20,28 +20,19 @@ class Training:
     module: torch.nn.Module  # Megatron's DistributedDataParallel
     optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
     scheduler: Any = None  # megatron.core.optimizer_param_scheduler.OptimizerParamScheduler
-    has_state: bool = False  # the optimizer has moments: after the first update, or a load
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
-        """What the optimizer holds beside the model: master weights, and from the first update on two moments of each."""
+        """What the optimizer holds beside the model: master weights, and two moments of each."""
         import torch
 
         weights = {weight.untyped_storage().data_ptr() for weight in self.module.parameters()}
-        moments = [value for state in self._states() for value in state.values() if isinstance(value, torch.Tensor)]
-        for tensor in [*self._masters(), *moments]:
+        optimizers = [optimizer.optimizer for optimizer in self.optimizer.chained_optimizers]
+        masters = [master for optimizer in optimizers for group in optimizer.param_groups for master in group["params"]]
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        for tensor in [*masters, *moments]:
             if tensor.untyped_storage().data_ptr() not in weights:
                 yield tensor
-
-    def moment_bytes(self) -> int:
-        """At most what the moments take, and a step count of each weight, that are not there before the first update."""
-        return 0 if self.has_state else sum(2 * master.nbytes + 8 for master in self._masters())
-
-    def _masters(self) -> list[torch.Tensor]:
-        groups = [group for optimizer in self.optimizer.chained_optimizers for group in optimizer.optimizer.param_groups]
-        return [master for group in groups for master in group["params"]]
-
-    def _states(self) -> list[dict[str, Any]]:
-        return [state for optimizer in self.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
 
     def finish_gather(self) -> None:
         """Wait until the weights are those of the last update: with overlap_param_gather they come with the next forward pass.
@@ -60,7 +51,6 @@ class Training:
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
-        self.has_state = True
         return float(grad_norm), float(lr)
 
 
@@ -104,11 +94,28 @@ def prepare_training(model: Model, config: Any, optimizer_options: dict[str, Any
     optimizer = get_megatron_optimizer(OptimizerConfig(**(settings | optimizer_options)), [module])
     if not isinstance(optimizer, ChainedOptimizer):  # alone it does not measure the gradient norm when clip_grad is 0
         optimizer = ChainedOptimizer([optimizer])
+    _make_moments(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = sum_gradients
     if ddp_config.overlap_grad_reduce:
         model.config.no_sync_func = module.no_sync
     return Training(module=module, optimizer=optimizer)
+
+
+def _make_moments(optimizer: Any) -> None:
+    """Zeros. Made by the first step they would lie among activations, and torch could not give back the memory around them.
+
+    Those of `optimizer_cpu_offload` come with the first step: most of them are in host memory.
+    """
+    import torch
+
+    for part in optimizer.chained_optimizers:
+        if part.init_state_fn is None:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.AdamW):  # on a CPU: it counts the steps of each parameter
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
 
 
 def make_scheduler(optimizer: Any, config: Any, total_steps: int) -> Any:

@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hosts(gpu_ray):
-    hosts = start_hosts(2, gpus=0.5)
+    hosts = start_hosts(2, gpus=1)
     yield hosts
     for actor in hosts.actors:
         ray.kill(actor)

@@ -15,14 +15,19 @@ import psutil
 import pytest
 from demo_command import demo
 
+from rlhf.devices import find_devices
+
 GENERATIONS = 60
 NOT_REPEATED = re.compile("seconds|tokens_per_second|.*gpu_gib.*")
 
 
 def gpu_gib() -> float:
-    """In use on the first GPU."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024
+    """In use on all GPUs that this process may use."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sum(map(float, lines)) / 1024
 
 
 def repeated(folder: Path) -> list[dict]:
@@ -77,8 +82,9 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     assert not (work / "killed" / "checkpoint-16").exists()
     status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
     assert status == 0, output[-4000:]
-    for one, other in zip(repeated(work / "offloaded"), repeated(work / "killed"), strict=True):
-        assert {name: (one[name], other[name]) for name in one if one[name] != other[name]} == {}, one["step"]
+    rows = list(zip(repeated(work / "offloaded"), repeated(work / "killed"), strict=True))
+    differ = {a["step"]: {name: (a[name], b[name]) for name in a if a[name] != b[name]} for a, b in rows}
+    assert differ == dict.fromkeys(differ, {})
     weights = [(work / name / "checkpoint-16" / "model.safetensors").read_bytes() for name in ("offloaded", "killed")]
     assert weights[0] == weights[1]
 
@@ -98,6 +104,18 @@ def test_tensor_parallel_ranks_push_to_an_engine_each(gpu_ray, work, taught):
     assert max(row["rollout_train_logprob_diff"] for row in runs[0]) <= 0.03
     assert runs[0][0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy is the reference still
     assert runs[0][-1]["kl"] > 1e-4
+
+
+@pytest.mark.skipif(find_devices().gpus < 2, reason="an engine over two devices needs two")
+def test_an_engine_over_two_gpus_takes_turns_with_tensor_parallel_ranks(gpu_ray, work, taught):
+    """Its workers, each on its own GPU, read every bucket on the GPU of the rank that pushes."""
+    options = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "vllm_tensor_parallel_size": 2, "train_iters": 16}
+    words = demo("rlhf", taught, work, "wide", offload_model="true", offload_optimizer="true", **options)
+    status, output = command.run(*words, log=work / "wide.log", address=gpu_ray)
+    assert status == 0, output[-4000:]
+    differences = [row["rollout_train_logprob_diff"] for row in command.metrics(work / "wide")]
+    print("wide", differences)
+    assert len(differences) == 4 and max(differences) <= 0.03
 
 
 def test_too_few_gpus_are_refused_in_one_line(gpu_ray, work, taught):

@@ -49,17 +49,24 @@ def test_a_task_reaches_its_held_out_figure(gpu_ray, work, monkeypatch, task):
     assert last >= max(LEARNT[task], first + 0.2)
 
 
-def test_distillation_halves_the_divergence(gpu_ray, work, taught):
-    """From a random model, half of the steps on own responses: policy, teacher and engine by turns on one GPU."""
+@pytest.mark.parametrize("teacher", ["megatron", "vllm"])
+def test_distillation_halves_the_divergence(gpu_ray, work, taught, teacher):
+    """From a random model, half of the steps on own responses: policy, teacher and engine by turns on one GPU.
+
+    Or the teacher in an engine on a GPU of its own, which gives the likeliest tokens alone.
+    """
+    name = f"gkd-{teacher}"
     options = {"model": work / "model", "teacher_model": taught, "dataset": work / "gkd.jsonl", "torch_dtype": "bfloat16"}
-    options |= {"val_dataset": work / "held_out_answered.jsonl", "output_dir": work, "run_name": "gkd", "report_to": "none"}
+    options |= {"val_dataset": work / "held_out_answered.jsonl", "output_dir": work, "run_name": name, "report_to": "none"}
     options |= {"vllm_gpu_memory_utilization": 0.1, "train_iters": 80}
+    if teacher == "vllm":
+        options |= {"teacher.backend": "vllm", "gkd_logits_topk": 16}
     words = changed(["rlhf", "--config", DEMO / "gkd.yaml"], **options)
-    finished(*words, log=work / "gkd.log", address=gpu_ray)
-    first, *_, last = (row["kl"] for row in evaluations(work / "gkd"))
-    print("gkd", first, last)
+    finished(*words, log=work / f"{name}.log", address=gpu_ray)
+    first, *_, last = (row["kl"] for row in evaluations(work / name))
+    print(name, first, last)
     assert last <= first / 2
-    assert any(row["on_policy"] for row in command.metrics(work / "gkd"))
+    assert any(row["on_policy"] for row in command.metrics(work / name))
 
 
 def test_experts_split_over_two_ranks_are_pushed_to_an_engine(gpu_ray, work):
