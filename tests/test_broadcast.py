@@ -74,16 +74,16 @@ class Sender:
         self.transport, self.timeout = Broadcast(backend), timeout
         self.device = "cuda" if backend == "nccl" else "cpu"
 
-    def push(self, engines: dict, version: int) -> int:
-        """Push random tensors; the checksum a receiver must then hold."""
+    def push(self, engines: dict, version: int, scale: int = 1) -> int:
+        """Push random tensors, `scale` times as large; the checksum a receiver must then hold."""
         import torch
 
         from actors.weights.push import push_weights
 
         generator = torch.Generator().manual_seed(version)
-        weights = {f"tensor {i}": torch.randn(size, generator=generator).to(self.device) for i, size in enumerate(SIZES)}
+        weights = {f"tensor {i}": torch.randn(scale * size, generator=generator).to(self.device) for i, size in enumerate(SIZES)}
         report = push_weights(
-            weights.items(), engines, version, bucket_bytes=4096, timeout=self.timeout, transport=self.transport
+            weights.items(), engines, version, bucket_bytes=4096 * scale, timeout=self.timeout, transport=self.transport
         )
         assert report.num_buckets >= 4 and report.num_tensors == len(SIZES)
         return checksum(torch.cat([weights[name].view(torch.uint8) for name in sorted(weights)]))
@@ -101,9 +101,9 @@ def receivers(*faults: str, gpus: float = 0) -> dict:
     return engines
 
 
-def push(sender, engines: dict, version: int) -> list[list[str]]:
+def push(sender, engines: dict, version: int, scale: int = 1) -> list[list[str]]:
     """Every engine holds the tensors of `version` then; the groups each has joined so far."""
-    expected = ray.get(sender.push.remote(engines, version))
+    expected = ray.get(sender.push.remote(engines, version, scale))
     states = ray.get([engine.state.remote() for engine in engines.values()])
     assert [held for held, _ in states] == [expected] * len(engines)
     return [groups for _, groups in states]

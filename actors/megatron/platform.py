@@ -66,6 +66,7 @@ def start_platform() -> Platform:
     }
     if gpu:
         torch.cuda.set_device(0)  # Ray shows a rank its own GPU alone
+        _make_workspaces()
         return Platform(
             device=torch.device("cuda", 0),
             backend="nccl",
@@ -75,3 +76,14 @@ def start_platform() -> Platform:
         )
     cpu.install()
     return Platform(device=torch.device("cpu"), backend="gloo", model_settings=settings | {"use_cpu_initialization": True})
+
+
+def _make_workspaces() -> None:
+    """Those of matrix products in this thread, and in the one that runs backward passes.
+
+    Made in the midst of a step, 32 MiB would lie in a block as large as the logits, which torch then cannot give back.
+    """
+    import torch
+
+    weight = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    (weight @ weight).sum().backward()

@@ -117,7 +117,12 @@ class _Push:
             yield self._bucket(index, buffer[:used], entries)
 
     def _bucket(self, index: int, data: torch.Tensor, entries: list[tuple[str, str, tuple[int, ...], int]]) -> Bucket:
+        """Sent after its checksum, so that nothing comes between a broadcast and the call by which engines enter it.
+
+        CUDA can make a kernel's first launch, or an allocation, wait for the broadcast, which waits for the engines.
+        """
         names, dtypes, shapes, offsets = zip(*entries)
+        found = checksum(data)
         return Bucket(
             version=self.version,
             index=index,
@@ -127,7 +132,7 @@ class _Push:
             dtypes=dtypes,
             shapes=shapes,
             offsets=offsets,
-            checksum=checksum(data),
+            checksum=found,
         )
 
     def _await_buckets(self, at_most: int) -> None:

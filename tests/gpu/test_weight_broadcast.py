@@ -23,6 +23,13 @@ def test_a_group_is_kept_while_its_engine_is_the_same(sender) -> None:
     push(sender, receivers("", gpus=0.1), 3)
 
 
+def test_buckets_that_no_buffer_holds_do_not_wait_for_each_other(gpu_ray) -> None:
+    """A first push of 40 MB at a time: what the sender does first between a broadcast and its call must not wait for it."""
+    sender = ray.remote(Sender).options(num_cpus=0, num_gpus=1).remote("nccl", timeout=30.0)
+    push(sender, receivers("", gpus=0.1), 1, scale=10_000)
+    ray.kill(sender)
+
+
 def test_buckets_keep_their_order_when_calls_start_in_another(sender) -> None:
     push(sender, receivers("out of order", gpus=0.1), 1)
 
