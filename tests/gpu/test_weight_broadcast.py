@@ -15,19 +15,17 @@ def sender(gpu_ray):
     ray.kill(sender)
 
 
+def test_buckets_that_no_buffer_holds_do_not_wait_for_each_other(sender) -> None:
+    """40 MB at a time, in the first push: what the sender launches first while a broadcast is under way must not wait for it."""
+    push(sender, receivers("", gpus=0.1), 1, scale=10_000)
+
+
 def test_a_group_is_kept_while_its_engine_is_the_same(sender) -> None:
     engines = receivers("", gpus=0.1)
     first = push(sender, engines, 1)
     assert len(first[0]) == 1
     assert push(sender, engines, 2) == first
     push(sender, receivers("", gpus=0.1), 3)
-
-
-def test_buckets_that_no_buffer_holds_do_not_wait_for_each_other(gpu_ray) -> None:
-    """A first push of 40 MB at a time: what the sender does first between a broadcast and its call must not wait for it."""
-    sender = ray.remote(Sender).options(num_cpus=0, num_gpus=1).remote("nccl", timeout=30.0)
-    push(sender, receivers("", gpus=0.1), 1, scale=10_000)
-    ray.kill(sender)
 
 
 def test_buckets_keep_their_order_when_calls_start_in_another(sender) -> None:
