@@ -84,6 +84,21 @@ def teacher_width(config: Config) -> int:
     return config.teacher.tensor_model_parallel_size or config.tensor_model_parallel_size
 
 
+def teacher_places(config: Config) -> list[int]:
+    """Devices of each place that a teacher has to itself, an engine's or a rank's; none where it shares the policy's."""
+    role, width = config.teacher, teacher_width(config)
+    if engines := teacher_engines(config):
+        return [width] * engines
+    if not needs_teacher(config) or not role.own_devices:
+        return []
+    return [1] * (role.nproc or width * (role.pipeline_model_parallel_size or config.pipeline_model_parallel_size))
+
+
+def frozen_ranks(config: Config) -> int:
+    """Ranks of the frozen group, which there is."""
+    return len(teacher_places(config)) or getattr(config, frozen_group(config)).nproc or policy_ranks(config)
+
+
 def frozen_group(config: Config) -> str | None:
     """The role of the frozen group that runs beside the policy, which is a section of the config too; None without one."""
     return "reference" if needs_reference(config) else "teacher" if needs_teacher(config) else None
