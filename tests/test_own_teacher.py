@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import command
 import pytest
 from test_gkd_config import CPU, GIB, folder, load
 from test_gkd_runs import evaluations, gkd, models, rows, run  # noqa: F401 a fixture
+from test_tensor_parallel_runs import workers
 
+from rlhf.cluster import Cluster
 from rlhf.counts import policy_ranks, teacher_places
 from rlhf.fit import refusal
 from rlhf.memory import frozen_memory, shapes
@@ -94,6 +97,22 @@ def test_a_policy_that_is_its_own_teacher_has_no_devices_for_it(folders):
         load(folders[0], folders[0], "--tuner_type", "lora", *OWN)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--teacher.own_devices true --teacher.nproc 8", "1 policy ranks + 8 places of the teacher need 9 x 1 CPU = 9"),
+        ("--teacher.backend vllm --gkd_logits_topk 8 --teacher.nproc 8 --max_length 512",
+         "1 policy ranks + 8 places of the teacher need 9 x 1 CPU = 9"),
+    ],
+)  # fmt: skip
+def test_too_few_devices_are_one_line(local_ray, folders, options, wanted):
+    config = load(*folders, "--nproc_per_node", "1", "--lmbda", "0", *options.split())
+    with pytest.raises(ValueError) as caught:
+        Cluster(config, policy_ranks=1, num_engines=0).__enter__()
+    end = "the cluster has 8: lower nproc_per_node, rollout.num_engines, teacher.nproc or cpus_per_rank, or add nodes"
+    assert str(caught.value) == f"{wanted}, {end}"
+
+
 def losses(folder: Path) -> list[tuple[float, ...]]:
     """Of every step, and of the held-out rows."""
     held_out = [row["kl"] for row in evaluations(folder)]
@@ -122,3 +141,35 @@ def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, top
         own = options | {"teacher.own_devices": "true"} | layout
         run(*gkd(models, data, tmp_path, name, **own), log=tmp_path / f"{name}.log")
         assert losses(tmp_path / name) == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in expected], name
+
+
+@pytest.mark.slow
+def test_by_turns_with_an_engine_a_run_on_own_responses_is_the_same(models, tmp_path):  # noqa: F811
+    options = {"lmbda": 1, "train_iters": 3, "deterministic": "true", "nproc_per_node": 1, "split_dataset_ratio": 0.2}
+    data = rows(tmp_path / "rows.jsonl")
+    for name, layout in {"shared": {}, "own": {"teacher.own_devices": "true", "teacher.nproc": 2}}.items():
+        run(*gkd(models, data, tmp_path, name, **options, **layout), log=tmp_path / f"{name}.log")
+    assert losses(tmp_path / "own") == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in losses(tmp_path / "shared")]
+
+
+@pytest.mark.slow
+def test_the_teacher_answers_on_its_own_places(models, tmp_path):  # noqa: F811
+    """The same responses as on the policy's one place, by an engine on its own two."""
+    options = {"lmbda": 0, "seq_kd": "true", "train_iters": 2, "deterministic": "true", "gkd_logits_topk": 8, "nproc_per_node": 1}
+    wide = {"teacher.tensor_model_parallel_size": 2}
+    layouts = {"shared": {}, "engines": wide | {"teacher.backend": "vllm"}, "ranks": wide | {"teacher.own_devices": "true"}}
+    data, answers = rows(tmp_path / "rows.jsonl", answered=False), {}
+    for name, layout in layouts.items():
+        log = tmp_path / f"{name}.log"
+        process = command.start(*gkd(models, data, tmp_path, name, **options, **layout), log=log)
+        command.wait_until(lambda: command.actors(process, "RolloutEngine"), process, log=log)
+        if layout:
+            command.wait_until(lambda: len(workers(process)) == 2, process, log=log)
+            assert command.actors(process, "RolloutEngine") and not command.actors(process, "TeacherEngine")
+        assert command.ended(process, log=log)[0] == 0, log.read_text()[-4000:]
+        lines = (tmp_path / name / "teacher_responses.jsonl").read_text().splitlines()
+        answers[name] = sorted((row["position"], row["token_ids"]) for row in map(json.loads, lines))
+    assert len(answers["shared"]) == 2 * 8
+    for name in ("engines", "ranks"):
+        same = sum(ours == theirs for ours, theirs in zip(answers[name], answers["shared"]))
+        assert same >= 14, name  # rounding of a split model may turn a draw
