@@ -133,7 +133,9 @@ class TeacherRole(FrozenRole):
     tensor_model_parallel_size: int | None = own_gkd(None, "its TP size (default: the policy's)", least=1)
     pipeline_model_parallel_size: int | None = own_gkd(None, "its PP size (default: the policy's)", least=1)
     own_devices: bool | None = own_gkd(None, "devices of its own, not the policy's by turns (default: of backend vllm alone)")
-    nproc: int | None = own_gkd(None, "its ranks (default: the policy's); own devices (default: of one copy of it)", least=1)
+    nproc: int | None = own_gkd(
+        None, "its ranks, or devices of its engines (default: the policy's; of its own devices those of one copy)", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

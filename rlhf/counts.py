@@ -84,14 +84,19 @@ def teacher_width(config: Config) -> int:
     return config.teacher.tensor_model_parallel_size or config.tensor_model_parallel_size
 
 
+def teacher_devices(config: Config) -> int:
+    """Devices of one copy of a teacher: TP x PP of Megatron ranks, an engine's TP."""
+    stages = config.teacher.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    return teacher_width(config) * (1 if teacher_engines(config) else stages)
+
+
 def teacher_places(config: Config) -> list[int]:
     """Devices of each place that a teacher has to itself, an engine's or a rank's; none where it shares the policy's."""
-    role, width = config.teacher, teacher_width(config)
     if engines := teacher_engines(config):
-        return [width] * engines
-    if not needs_teacher(config) or not role.own_devices:
-        return []
-    return [1] * (role.nproc or width * (role.pipeline_model_parallel_size or config.pipeline_model_parallel_size))
+        return [teacher_width(config)] * engines
+    if needs_teacher(config) and config.teacher.own_devices:
+        return [1] * (config.teacher.nproc or teacher_devices(config))
+    return []
 
 
 def frozen_ranks(config: Config) -> int:

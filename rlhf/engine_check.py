@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.config import Config
-from rlhf.counts import policy_ranks, rollout_engines, teacher_places, teacher_width
+from rlhf.counts import policy_ranks, rollout_engines, teacher_devices, teacher_places
 from rlhf.layout_check import check_tensor_split
 from rlhf.model_folder import ModelShape
 
@@ -23,7 +23,8 @@ def check_engines(config: Config, shape: ModelShape) -> None:
 def check_teacher_engines(config: Config, shape: ModelShape) -> None:
     """Those that answer by the teacher (seq_kd), whose `shape` it is: on its own places or the policy's. Raises ValueError."""
     if teacher_places(config):
-        return check_width(config, shape, teacher_width(config), "teacher.tensor_model_parallel_size")
+        name = "seq_kd answers in engines on the devices of one copy of the teacher, TP x PP:"
+        return check_width(config, shape, teacher_devices(config), name)
     check_width(config, shape, config.vllm_tensor_parallel_size, "the teacher: vllm_tensor_parallel_size")
     width, ranks = config.vllm_tensor_parallel_size, policy_ranks(config)
     if width > ranks:

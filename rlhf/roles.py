@@ -18,7 +18,7 @@ from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
 from actors.prompts import PromptEncoder
 from actors.reward import RewardWorker
-from rlhf.counts import frozen_group, frozen_ranks, samples, teacher_engines, teacher_width, total_steps
+from rlhf.counts import frozen_group, frozen_ranks, samples, teacher_devices, teacher_engines, total_steps
 from rlhf.data import PromptedRowStream, PromptStream, RowStream
 from rlhf.engines import build_engines, build_teacher_engines, build_teacher_group
 from rlhf.fit import MOST
@@ -169,7 +169,7 @@ def _answer_by_teacher(cluster: Cluster, data_worker: Any, info: DatasetInfo, fo
     """Sample the teacher's responses on the places that its ranks or engines get afterwards."""
     width = 1 if cluster.named else cluster.config.vllm_tensor_parallel_size  # an offer's width is that of its own devices
     if cluster.teacher_places:
-        width = teacher_width(cluster.config)
+        width = teacher_devices(cluster.config)
     changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width}
     config = replace(cluster.config, vllm_gpu_memory_utilization=MOST / 100, **changes)
     count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)

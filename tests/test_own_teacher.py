@@ -84,6 +84,9 @@ def test_a_teacher_too_large_for_its_gpus_is_told_to_split(folders, tmp_path):
          "teacher: 3 ranks is no multiple of its TP 2 x PP 1 = 2"),
         ("--teacher.own_devices true --offload_teacher_model true",
          "offload_teacher_model has nothing to act on: the teacher has devices of its own"),
+        ("--teacher.own_devices true --teacher.pipeline_model_parallel_size 8 --seq_kd true",
+         "seq_kd answers in engines on the devices of one copy of the teacher, TP x PP: 8 does not divide the model's 28 "
+         "attention heads"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(folders, options, message):
@@ -129,7 +132,7 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 20])
 def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, top_k):  # noqa: F811
-    """Where the teacher is split only rounding differs; micro batches of 3 do not divide a data rank's share."""
+    """Only rounding differs where the teacher's layers are split; its micro batches are others than the policy's."""
     options = {"lmbda": 0, "train_iters": 3, "split_dataset_ratio": 0.2, "eval_steps": 3, "nproc_per_node": 1}
     options |= {"micro_batch_size": 1, "micro_batch_tokens": 90} if top_k is None else {}
     options |= {"gkd_logits_topk": top_k} if top_k else {}
@@ -137,19 +140,20 @@ def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, top
     run(*gkd(models, data, tmp_path, "shared", **options), log=tmp_path / "shared.log")
     expected = losses(tmp_path / "shared")
     assert len(expected) == 5 and expected[0][1] > 0.1
-    for name, layout in LAYOUTS.items():
+    layouts = LAYOUTS if top_k is None else dict(list(LAYOUTS.items())[:2])
+    for name, layout in layouts.items():
         own = options | {"teacher.own_devices": "true"} | layout
         run(*gkd(models, data, tmp_path, name, **own), log=tmp_path / f"{name}.log")
-        assert losses(tmp_path / name) == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in expected], name
+        assert losses(tmp_path / name) == [pytest.approx(step, abs=1e-6) for step in expected], name
 
 
 @pytest.mark.slow
-def test_by_turns_with_an_engine_a_run_on_own_responses_is_the_same(models, tmp_path):  # noqa: F811
+def test_beside_engines_that_share_the_policys_devices_a_run_on_own_responses_is_the_same(models, tmp_path):  # noqa: F811
     options = {"lmbda": 1, "train_iters": 3, "deterministic": "true", "nproc_per_node": 1, "split_dataset_ratio": 0.2}
     data = rows(tmp_path / "rows.jsonl")
     for name, layout in {"shared": {}, "own": {"teacher.own_devices": "true", "teacher.nproc": 2}}.items():
         run(*gkd(models, data, tmp_path, name, **options, **layout), log=tmp_path / f"{name}.log")
-    assert losses(tmp_path / "own") == [pytest.approx(step, rel=1e-5, abs=1e-6) for step in losses(tmp_path / "shared")]
+    assert losses(tmp_path / "own") == [pytest.approx(step, abs=1e-6) for step in losses(tmp_path / "shared")]
 
 
 @pytest.mark.slow
