@@ -1,15 +1,16 @@
 """The workers of an engine: those of one that is split over several devices are processes, and end together with the engine's.
 
 vLLM starts them as children of the engine's process, which is all that Ray sees: when a worker dies it ends too, at once, and
-the engine is replaced like any other that died.
+the engine is replaced like any other that died. That holds while the engine is built too (`built_together`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
+LOOK_SECONDS = 0.1  # between two looks at workers that are being started
+WORKER_NAME = "VllmWorker-"  # begins the names that vLLM gives its workers' processes
 DEATH_SHOWS = 1.0  # seconds: a call can fail, for the others' sake, before a worker's death is seen
 QUEUE, REDUCTION = "/dev/shm/psm_", "/dev/shm/vllm_dist_"  # how vLLM's shared memory is named: multiprocessing's, its own on CPUs
 
@@ -30,7 +33,7 @@ class EngineWorkers:
         self.processes: Sequence[BaseProcess] = [worker.proc for worker in getattr(engine.model_executor, "workers", [])]
         if self.processes:
             self.call("end_with_engine")
-            self._forget_names()
+            _forget_names(process.pid for process in self.processes)
             threading.Thread(target=self._end_together, name="workers", daemon=True).start()
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -47,7 +50,7 @@ class EngineWorkers:
     def require_alive(self) -> None:
         """To be called when something failed: does not return if that was for the death of a worker."""
         if self.processes and wait(self._sentinels, timeout=DEATH_SHOWS):
-            self._end()
+            _end(self.processes)
 
     @property
     def _sentinels(self) -> list[int]:
@@ -55,19 +58,66 @@ class EngineWorkers:
 
     def _end_together(self) -> None:
         wait(self._sentinels)
-        self._end()
+        _end(self.processes)
 
-    def _end(self) -> None:
-        """Without asking: a worker can wait for a dead one, in a collective operation, forever."""
-        for process in self.processes:
-            process.kill()
-        os._exit(1)
 
-    def _forget_names(self) -> None:
-        """Unlink the shared memory that every worker has mapped by now: it would outlive processes that are killed."""
-        maps = [line for process in self.processes for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
-        for path in {line.split(maxsplit=5)[-1] for line in maps}:
-            if path.startswith((QUEUE, REDUCTION)):
-                Path(path).unlink(missing_ok=True)
-            if path.startswith(QUEUE):  # else multiprocessing's tracker looks for it, and complains on the terminal
-                resource_tracker.unregister(path.removeprefix("/dev/shm"), "shared_memory")
+@contextmanager
+def built_together() -> Iterator[None]:
+    """While an engine is built: a worker that is killed ends this process, at once.
+
+    A worker that ends by itself has something to tell, such as too little memory: that is left to vLLM, which then ends the
+    others, some by a signal.
+    """
+    building, over = Building(), threading.Event()
+
+    def look_again_and_again() -> None:
+        while not over.wait(LOOK_SECONDS):
+            building.look()
+
+    threading.Thread(target=look_again_and_again, name="building", daemon=True).start()
+    try:
+        yield
+    except Exception:
+        building.look()
+        raise
+    finally:
+        over.set()
+
+
+class Building:
+    """The workers of an engine that is being built."""
+
+    def __init__(self) -> None:
+        self.processes: set[BaseProcess] = set()
+        self.failed = False  # one has ended by itself
+        self.lock = threading.Lock()
+
+    def look(self) -> None:
+        """Does not return if a worker was killed before any had failed."""
+        with self.lock:
+            self.processes |= {process for process in active_children() if process.name.startswith(WORKER_NAME)}
+            ended = [process.exitcode for process in self.processes if process.exitcode is not None]
+            if not self.failed and any(code < 0 for code in ended):  # by a signal
+                _forget_names([os.getpid(), *(process.pid for process in self.processes)])
+                _end(self.processes)
+            self.failed = bool(ended)
+
+
+def _end(processes: Iterable[BaseProcess]) -> None:
+    """End them and this one. Without asking: a worker can wait for a dead one, in a collective operation, forever."""
+    for process in processes:
+        process.kill()
+    os._exit(1)
+
+
+def _forget_names(pids: Iterable[int]) -> None:
+    """Unlink the shared memory that these processes have mapped by now: it would outlive processes that are killed."""
+    lines: list[str] = []
+    for pid in pids:
+        with suppress(OSError):  # one that is dead has none
+            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
+    for path in {line.split(maxsplit=5)[-1] for line in lines}:
+        if path.startswith((QUEUE, REDUCTION)):
+            Path(path).unlink(missing_ok=True)
+        if path.startswith(QUEUE):  # else multiprocessing's tracker looks for it, and complains on the terminal
+            resource_tracker.unregister(path.removeprefix("/dev/shm"), "shared_memory")

@@ -113,7 +113,7 @@ class ActorGroup:
             try:
                 ray.get(ref)
             except ray.exceptions.RayActorError as error:
-                raise RankFailure(f"{self.role} rank {rank} died: {_first_line(error)}") from error
+                raise RankFailure(f"{self.role} rank {rank} died: {first_line(error)}") from error
 
     def reports(self, timeout: float = 5.0) -> str:
         """One line a rank: what it is doing now, or that it does not answer."""
@@ -130,7 +130,7 @@ class ActorGroup:
             try:
                 text = ray.get(ref) if ref in done else "no answer"
             except Exception as error:
-                text = f"dead ({_first_line(error)})"
+                text = f"dead ({first_line(error)})"
             lines.append(f"  {self.role} rank {rank}: {text}")
         return "\n".join(lines)
 
@@ -195,5 +195,6 @@ class EngineGroup(ActorGroup):
         return self.scatter_refs(method, shards, *args)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first."""
     return str(error).strip().split("\n")[0]

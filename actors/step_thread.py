@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actors.engine_workers import EngineWorkers
+from actors.engine_workers import EngineWorkers, built_together
 from actors.progress import Progress
 
 if TYPE_CHECKING:
@@ -101,8 +101,9 @@ class StepThread:
     def _run(self, built: asyncio.Future) -> None:
         with self.progress.doing("building the engine"):
             try:
-                self.engine = self.build()
-                self.workers = EngineWorkers(self.engine)
+                with built_together():
+                    self.engine = self.build()
+                    self.workers = EngineWorkers(self.engine)
             except Exception as error:  # goes to the caller
                 self._deliver([(built, None, error)])
                 return

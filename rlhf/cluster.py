@@ -2,8 +2,8 @@
 
 A place is one placement bundle, on one node. A policy rank's is a GPU with its share of CPUs, or CPUs alone; in colocate mode
 engines sit on such places too, as frozen models do (reference, teacher, reward model). In server mode an engine has a place of
-its own, as large as it is wide; so has an engine of a teacher. The data and reward actors take none. `rlhf.roles` and
-`rlhf.engines` say what is started.
+its own, as large as it is wide; so has an engine of a teacher, and a rank of one with `teacher.own_devices`. The data and reward
+actors take none. `rlhf.roles` and `rlhf.engines` say what is started.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf.config import Config
-from rlhf.counts import own_places, samples, teacher_engines, teacher_width
+from rlhf.counts import own_places, samples, teacher_engines, teacher_places, teacher_width
 from rlhf.data import DataFailure
 from rlhf.devices import find_devices
 from rlhf.fit import check_host, fit, note, warning
@@ -54,7 +54,7 @@ class Cluster:
         self.actors: list[Any] = []
         self.placement: PlacementGroup | None = None
         self.bundles: list[int] = []  # of the placement group, by place: a node's stand together
-        self.teacher_place = 0  # the first of a teacher's engines
+        self.teacher_places = range(0)  # that a teacher has to itself
         self.nodes: dict[int, str] = {}  # of each bundle
         self.before_release: list[Callable[[], None]] = []  # what must know that its actors end
         self.predicted: dict[str, float] = {}  # peak of each phase on the fullest GPU, as metrics
@@ -122,10 +122,10 @@ class Cluster:
             options["num_gpus"] = size["GPU"] * share
         return options
 
-    def gpus(self, count: int) -> list[str]:
-        """The GPUs of the first `count` places, which are policy ranks', as CUDA_VISIBLE_DEVICES names them."""
+    def gpus(self, places: Iterable[int]) -> list[str]:
+        """The GPUs of places of one each, as CUDA_VISIBLE_DEVICES names them."""
         look = ray.remote(_assigned_gpu)
-        return self.answer([look.options(**self.on_place(place)).remote() for place in range(count)], "looking at the GPUs")
+        return self.answer([look.options(**self.on_place(place)).remote() for place in places], "looking at the GPUs")
 
     def beside_driver(self) -> dict[str, Any]:
         """Ray's options for an actor on this process's node, on no place."""
@@ -170,16 +170,20 @@ class Cluster:
             print(f"using the rollout engines named {name} of `megaray rollout`: {self.num_engines}")
 
     def _reserve(self) -> None:
-        """Reserve the places: policy ranks first, then the engines of server mode, then those of a teacher."""
+        """Reserve the places: policy ranks first, then the engines of server mode, then a teacher's own."""
         config = self.config
         engines = 0 if self.named or not own_places(config) else self.num_engines
-        self.teacher_place = self.policy_ranks + engines
-        widths = [1] * self.policy_ranks + [config.vllm_tensor_parallel_size] * engines
-        widths += [teacher_width(config)] * teacher_engines(config)
+        places = {
+            "policy ranks": [1] * self.policy_ranks,
+            "engine places": [config.vllm_tensor_parallel_size] * engines,
+            "places of the teacher": teacher_places(config),
+        }
+        widths = [width for group in places.values() for width in group]
+        self.teacher_places = range(self.policy_ranks + engines, len(widths))
         rank = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
             rank["GPU"] = 1
-        self._require_resources(rank, sum(widths) - self.policy_ranks)
+        self._require_resources(rank, {name: sum(group) for name, group in places.items() if group})
         bundles = [{kind: each * width for kind, each in rank.items()} for width in widths]
         name = config.rollout_name if config.task == "rollout" else ""
         self.placement = placement_group(bundles, strategy="PACK", name=name)
@@ -192,11 +196,11 @@ class Cluster:
         self.nodes = placement_group_table(self.placement)["bundles_to_node_id"]
         self.bundles = by_node(self.nodes)
         if max(widths) > 1:  # else every bundle will do for a rank
-            self.bundles.sort(key=lambda bundle: (bundle >= self.policy_ranks) + (bundle >= self.teacher_place))
+            self.bundles.sort(key=lambda bundle: (bundle >= self.policy_ranks) + (bundle >= self.teacher_places.start))
 
-    def _require_resources(self, rank: dict[str, float], engine_places: int) -> None:
-        """ValueError when the cluster lacks what the policy and the engines' own places take, each place as much as `rank`."""
-        count, widest = self.policy_ranks + engine_places, {}
+    def _require_resources(self, rank: dict[str, float], counts: dict[str, int]) -> None:
+        """ValueError when the cluster lacks so many of what each `rank` takes, or an engine's share of them on one node."""
+        count, widest = sum(counts.values()), {}
         if self.num_engines and self.named is None:
             widest["vllm_tensor_parallel_size"] = self.config.vllm_tensor_parallel_size
         if teacher_engines(self.config):
@@ -204,10 +208,11 @@ class Cluster:
         for kind, each in sorted(rank.items(), reverse=True):  # GPUs first
             have = ray.cluster_resources().get(kind, 0)
             if have < each * count:
+                wanted = " + ".join(f"{number} {name}" for name, number in counts.items())
+                lower = ["nproc_per_node", "rollout.num_engines"] + ["teacher.nproc"] * bool(teacher_places(self.config))
                 raise ValueError(
-                    f"{self.policy_ranks} policy ranks + {engine_places} engine places need {count} x {each:g} {kind} = "
-                    f"{each * count:g}, the cluster has {have:g}: lower nproc_per_node, rollout.num_engines or cpus_per_rank, "
-                    "or add nodes"
+                    f"{wanted} need {count} x {each:g} {kind} = {each * count:g}, the cluster has {have:g}: lower "
+                    f"{', '.join(lower)} or cpus_per_rank, or add nodes"
                 )
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
             for name, width in widest.items():

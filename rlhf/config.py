@@ -128,11 +128,14 @@ class TeacherRole(FrozenRole):
 
     model: str | None = own_gkd(None, "its model; --teacher_model is the same option")
     backend: Literal["megatron", "vllm"] | None = own_gkd(
-        None, "what gives its logits: Megatron ranks on the policy's places, or vLLM engines on their own (default: megatron)"
+        None, "what gives its logits: Megatron ranks, or vLLM engines on devices of their own (default: megatron)"
     )
     tensor_model_parallel_size: int | None = own_gkd(None, "its TP size (default: the policy's)", least=1)
     pipeline_model_parallel_size: int | None = own_gkd(None, "its PP size (default: the policy's)", least=1)
-    nproc: int | None = own_gkd(None, "its ranks (default: the policy's), or devices of its engines (default: of one)", least=1)
+    own_devices: bool | None = own_gkd(None, "devices of its own, not the policy's by turns (default: of backend vllm alone)")
+    nproc: int | None = own_gkd(
+        None, "its ranks, or devices of its engines (default: the policy's; of its own devices those of one copy)", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,26 @@ def teacher_width(config: Config) -> int:
     return config.teacher.tensor_model_parallel_size or config.tensor_model_parallel_size
 
 
+def teacher_devices(config: Config) -> int:
+    """Devices of one copy of a teacher: TP x PP of Megatron ranks, an engine's TP."""
+    stages = config.teacher.pipeline_model_parallel_size or config.pipeline_model_parallel_size
+    return teacher_width(config) * (1 if teacher_engines(config) else stages)
+
+
+def teacher_places(config: Config) -> list[int]:
+    """Devices of each place that a teacher has to itself, an engine's or a rank's; none where it shares the policy's."""
+    if engines := teacher_engines(config):
+        return [teacher_width(config)] * engines
+    if needs_teacher(config) and config.teacher.own_devices:
+        return [1] * (config.teacher.nproc or teacher_devices(config))
+    return []
+
+
+def frozen_ranks(config: Config) -> int:
+    """Ranks of the frozen group, which there is."""
+    return len(teacher_places(config)) or getattr(config, frozen_group(config)).nproc or policy_ranks(config)
+
+
 def frozen_group(config: Config) -> str | None:
     """The role of the frozen group that runs beside the policy, which is a section of the config too; None without one."""
     return "reference" if needs_reference(config) else "teacher" if needs_teacher(config) else None

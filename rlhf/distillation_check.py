@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import needs_teacher, teacher_engines, teacher_width
+from rlhf.counts import needs_teacher, teacher_places, teacher_width
 from rlhf.layout_check import check_tensor_split
 from rlhf.memory import longest_sequence
 from rlhf.model_folder import ModelShape, check_files, read_shape
@@ -22,9 +22,9 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
         for name in ("seq_kd", "sft_alpha"):
             if getattr(config, name):
                 raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
-    if config.offload_teacher_model and not needs_teacher(config):
-        own = "the teacher's engines have devices of their own"
-        why = own if teacher_engines(config) else "with LoRA the policy itself is the teacher"
+    own = bool(teacher_places(config))
+    if config.offload_teacher_model and (own or not needs_teacher(config)):
+        why = "the teacher has devices of its own" if own else "with LoRA the policy itself is the teacher"
         raise ValueError(f"offload_teacher_model has nothing to act on: {why}")
     folder = Path(config.teacher.model)
     teacher = read_shape(folder)
@@ -43,6 +43,8 @@ def check_engine_teacher(config: Config, teacher: ModelShape) -> None:
         raise ValueError("teacher.backend vllm gives the likeliest tokens alone: say how many, as --gkd_logits_topk 64")
     if role.pipeline_model_parallel_size:
         raise ValueError("teacher.pipeline_model_parallel_size is for teacher.backend megatron")
+    if role.own_devices is False:
+        raise ValueError("teacher.own_devices false is for teacher.backend megatron: a teacher's engines share no devices")
     check_files(Path(role.model))
     check_tensor_split(teacher, width, f"teacher.tensor_model_parallel_size {width}")
     if role.nproc and role.nproc % width:

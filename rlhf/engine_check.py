@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.config import Config
-from rlhf.counts import policy_ranks, rollout_engines
+from rlhf.counts import policy_ranks, rollout_engines, teacher_devices, teacher_places
 from rlhf.layout_check import check_tensor_split
 from rlhf.model_folder import ModelShape
 
@@ -14,15 +14,18 @@ def check_engines(config: Config, shape: ModelShape) -> None:
         raise ValueError("truncation_strategy right would cut the question's end: use left or delete")
     if config.top_k == 0:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
-    check_width(config, shape)
+    check_width(config, shape, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
     limit = config.vllm_max_model_len
     if limit and shape.max_length and limit > shape.max_length:
         raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
 
 
 def check_teacher_engines(config: Config, shape: ModelShape) -> None:
-    """Those that answer by the teacher, whose `shape` it is, on the policy's places (seq_kd). Raises ValueError."""
-    check_width(config, shape, "the teacher: ")
+    """Those that answer by the teacher (seq_kd), whose `shape` it is: on its own places or the policy's. Raises ValueError."""
+    if teacher_places(config):
+        name = "seq_kd answers in engines on the devices of one copy of the teacher, TP x PP:"
+        return check_width(config, shape, teacher_devices(config), name)
+    check_width(config, shape, config.vllm_tensor_parallel_size, "the teacher: vllm_tensor_parallel_size")
     width, ranks = config.vllm_tensor_parallel_size, policy_ranks(config)
     if width > ranks:
         raise ValueError(
@@ -30,10 +33,9 @@ def check_teacher_engines(config: Config, shape: ModelShape) -> None:
         )
 
 
-def check_width(config: Config, shape: ModelShape, prefix: str = "") -> None:
-    """Whether a model can be split over an engine's devices. Raises ValueError."""
-    width = config.vllm_tensor_parallel_size
-    name = f"{prefix}vllm_tensor_parallel_size {width}"
+def check_width(config: Config, shape: ModelShape, width: int, option: str) -> None:
+    """Whether a model can be split over the `width` devices of an engine; `option` says how many. Raises ValueError."""
+    name = f"{option} {width}"
     check_tensor_split(shape, width, name)
     if shape.experts and shape.experts.ffn_size % width and not config.vllm.get("enable_expert_parallel"):
         raise ValueError(f"{name} does not divide the model's moe_intermediate_size {shape.experts.ffn_size}")

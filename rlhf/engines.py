@@ -1,4 +1,4 @@
-"""Starts a run's rollout engines: on the policy's places (colocate), on their own (server); or takes those of an offer."""
+"""Starts a run's engines, on the policy's places (colocate), on their own (server) or a teacher's; or takes those of an offer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
     if own_places(config):
         seats = [Seat(options=cluster.on_place(cluster.policy_ranks + index, share=1)) for index in range(count)]
     else:
-        seats = _policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+        seats = _joined_seats(cluster, range(count * config.vllm_tensor_parallel_size), config.vllm_tensor_parallel_size)
 
     def spawn(index: int) -> Any:
         return _start(cluster, seats[index], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
@@ -60,37 +60,40 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
 
 
 def build_teacher_engines(cluster: Cluster, config: Config) -> RolloutEngines:
-    """Engines with the weights of `config`'s model folder, on the places of ranks that do not use them yet."""
-    count = cluster.policy_ranks // config.vllm_tensor_parallel_size
-    seats = _policy_seats(cluster, config.vllm_tensor_parallel_size, count)
+    """Engines with the weights of `config`'s model folder, on places that nobody uses yet: the teacher's own, or the policy's."""
+    places = cluster.teacher_places or range(cluster.policy_ranks)
+    if teacher_engines(cluster.config):
+        seats = [Seat(options=cluster.on_place(place, share=1)) for place in places]
+    else:
+        seats = _joined_seats(cluster, places, config.vllm_tensor_parallel_size)
 
     def spawn(index: int) -> Any:
         return _start(cluster, seats[index], index, config=config, load_weights=True)
 
-    return RolloutEngines(spawn, num_engines=count, config=config)
+    return RolloutEngines(spawn, num_engines=len(seats), config=config)
 
 
 def build_teacher_group(cluster: Cluster) -> EngineGroup:
     """The engines that give a teacher's logits, on places of their own; to be set up."""
     config = cluster.config
     kind = ray.remote(concurrency_groups={"report": 1})(TeacherEngine)
-    places = range(cluster.teacher_place, cluster.teacher_place + teacher_engines(config))
-    engines = [cluster.create(kind, cluster.on_place(place, share=1), env=ENVIRONMENT) for place in places]
+    engines = [cluster.create(kind, cluster.on_place(place, share=1), env=ENVIRONMENT) for place in cluster.teacher_places]
     return EngineGroup("teacher", engines, timeout=config.call_timeout)
 
 
-def _policy_seats(cluster: Cluster, width: int, count: int) -> list[Seat]:
-    """Seats on `width` policy places each, one after another. ValueError when an engine would be on several nodes."""
-    firsts = range(0, count * width, width)
-    for first in firsts:
-        nodes = {cluster.nodes[bundle] for bundle in cluster.bundles[first : first + width]}
+def _joined_seats(cluster: Cluster, places: range, width: int) -> list[Seat]:
+    """Seats on `width` ranks' places each, one after another. ValueError when an engine would be on several nodes."""
+    used = places[: len(places) // width * width]
+    firsts = range(0, len(used), width)
+    for part in (used[first : first + width] for first in firsts):
+        nodes = {cluster.nodes[cluster.bundles[place]] for place in part}
         if len(nodes) > 1:
             raise ValueError(
-                f"an engine of vllm_tensor_parallel_size {width} must be on one node, and Ray gave the policy ranks {first} to "
-                f"{first + width - 1} places on {len(nodes)}: let vllm_tensor_parallel_size divide the GPUs that a node gives"
+                f"an engine on {width} devices must be on one node, and Ray gave the places {part[0]} to {part[-1]} on "
+                f"{len(nodes)}: let its tensor parallel size divide the GPUs that a node gives"
             )
-    gpus = cluster.gpus(count * width) if width > 1 and cluster.has_gpus else []
-    return [Seat(options=cluster.on_place(first), gpus=tuple(gpus[first : first + width])) for first in firsts]
+    gpus = cluster.gpus(used) if width > 1 and cluster.has_gpus else []
+    return [Seat(options=cluster.on_place(used[first]), gpus=tuple(gpus[first : first + width])) for first in firsts]
 
 
 def _start(cluster: Cluster, seat: Seat, index: int, **arguments: Any) -> Any:

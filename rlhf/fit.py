@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, frozen_group, needs_teacher, policy_ranks, row_sequences, samples
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, row_sequences, samples, teacher_places, teacher_width
 from rlhf.engine_check import check_width
 from rlhf.layout_check import check_layout
 from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
 from rlhf.model_folder import ModelShape
 from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
-from rlhf.pipeline import policy_pipeline
+from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
 MARGIN = 7  # per cent of a GPU that nobody is given: 5 of an H200 were in use beside what is predicted, after an update
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say
@@ -70,7 +70,7 @@ def note(
     decided = {name: value for name, value in decided.items() if value is not False}
     if not decided:
         return None
-    stays = frozen_shape is not None and not config.offload_teacher_model
+    stays = frozen_shape is not None and not config.offload_teacher_model and not teacher_places(config)
     frozen = [frozen_group(config)] * stays + ["reward model"] * bool(config.reward_model)
     who = f"policy and {' and '.join(frozen)} keep" if frozen else "the policy keeps"
     text = (
@@ -177,7 +177,7 @@ def _advice(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, 
     _, lacking = _problem(config, shape, frozen_shape, gpu_memory, longest=longest)
     enough, nearer = [], []
     for kind in _changes(config, shape, frozen_shape, gpu_memory):
-        trials = [replace(config, **change) for change in kind]
+        trials = [_changed(config, change) for change in kind]
         lacks = [_problem(trial, shape, frozen_shape, gpu_memory, longest=longest)[1] for trial in trials]
         if 0 in lacks:
             enough.append(_words(kind[lacks.index(0)]))
@@ -197,8 +197,10 @@ def _changes(
     if shares_gpus(config):
         refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
         yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
-    if needs_teacher(config) and not config.offload_teacher_model:
+    own = bool(teacher_places(config))
+    if frozen_group(config) == "teacher" and not (own or config.offload_teacher_model):
         yield [{"offload_teacher_model": True}]
+        yield [{"teacher.own_devices": True}]
     if config.vllm_gpu_memory_utilization is not None:
         left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, frozen_shape, gpu_memory)
         yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]
@@ -210,7 +212,13 @@ def _changes(
     if config.recompute_granularity != "full":
         yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
     yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
-    yield _more_tensor_ranks(config, shape)
+    names, size = ("tensor_model_parallel_size", "nproc_per_node"), config.tensor_model_parallel_size
+    ranks = {"ranks": policy_ranks(config), "nodes": config.nnodes}
+    yield _more_tensor_ranks(shape, policy_pipeline(config), now=size, names=names, **ranks)
+    if frozen_shape and own:
+        names, role = ("teacher.tensor_model_parallel_size", "teacher.nproc"), config.teacher
+        layout, size = frozen_pipeline(config, role), teacher_width(config)
+        yield _more_tensor_ranks(frozen_shape, layout, now=size, names=names, ranks=role.nproc or 0)
     yield _wider_engines(config, shape)
     yield _more_expert_ranks(config, shape)
     if not config.use_distributed_optimizer and data_ranks(config) > 1:
@@ -237,20 +245,19 @@ def _shortened(config: Config, length: int) -> dict[str, Any]:
     return change
 
 
-def _more_tensor_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
-    """TP of 2, 4 and 8 where a model without experts divides, on as many ranks as it takes."""
+def _more_tensor_ranks(
+    shape: ModelShape, pipeline: Pipeline, *, now: int, ranks: int, names: tuple[str, str], nodes: int = 1
+) -> list[dict[str, Any]]:
+    """TP of 2, 4 and 8 where a model without experts divides, on as many ranks of a node as it takes; `names` of the options."""
     changes = []
     for tensor in () if shape.experts else (2, 4, 8):
-        ranks = tensor * config.pipeline_model_parallel_size
         try:
-            check_layout(shape, tensor, policy_pipeline(config))
+            check_layout(shape, tensor, pipeline)
         except ValueError:
             continue
-        if tensor > config.tensor_model_parallel_size:
-            change = {"tensor_model_parallel_size": tensor}
-            if policy_ranks(config) % ranks:
-                change |= {"nproc_per_node": -(-ranks // config.nnodes)}
-            changes.append(change)
+        if tensor > now:
+            each = tensor * pipeline.size
+            changes.append(dict(zip(names, (tensor, -(-each // nodes)) if ranks % each else (tensor,))))
     return changes
 
 
@@ -262,7 +269,7 @@ def _wider_engines(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
         if not samples(config) or shares_gpus(config) and config.nproc_per_node % width:
             continue
         try:
-            check_width(replace(config, **change), shape)
+            check_width(config, shape, width, "vllm_tensor_parallel_size")
         except ValueError:
             continue
         if width > config.vllm_tensor_parallel_size:
@@ -282,6 +289,13 @@ def _more_expert_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]
                 change |= {"nproc_per_node": -(-ranks // config.nnodes)}
             changes.append(change)
     return changes
+
+
+def _changed(config: Config, change: dict[str, Any]) -> Config:
+    """`config` with other values of these options, of which some are the teacher's."""
+    teacher = {name.removeprefix("teacher."): value for name, value in change.items() if name.startswith("teacher.")}
+    rest = {name: value for name, value in change.items() if not name.startswith("teacher.")}
+    return replace(config, teacher=replace(config.teacher, **teacher), **rest)
 
 
 def _words(change: dict[str, Any]) -> str:

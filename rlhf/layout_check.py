@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.counts import compares, frozen_group, model_ranks, policy_ranks, teacher_engines
+from rlhf.counts import compares, frozen_group, frozen_ranks, model_ranks, policy_ranks, teacher_engines, teacher_places
 from rlhf.expert_checks import check_expert_sizes, check_experts
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
@@ -45,7 +45,7 @@ def check_tensor_split(shape: ModelShape, size: int, name: str) -> None:
 
 
 def check_frozen(config: Config, name: str) -> None:
-    """The role `name`, reference or teacher, which shares the policy's places. Raises ValueError."""
+    """The role `name`, reference or teacher, which shares the policy's places or has its own. Raises ValueError."""
     role = getattr(config, name)
     if name == "teacher" and teacher_engines(config):  # see rlhf.distillation_check
         return
@@ -64,9 +64,11 @@ def check_frozen(config: Config, name: str) -> None:
     pipeline = role.pipeline_model_parallel_size or config.pipeline_model_parallel_size
     shape = read_shape(folder)
     check_layout(shape, tensor, frozen_pipeline(config, role), f"{name}.")
-    ranks = role.nproc or policy_ranks(config)
-    if ranks > policy_ranks(config):
-        raise ValueError(f"{name}.nproc {ranks} is more than the {policy_ranks(config)} policy ranks whose places it shares")
+    ranks = frozen_ranks(config)
+    if ranks > policy_ranks(config) and not teacher_places(config):
+        own = "; give it its own by --teacher.own_devices true" if name == "teacher" else ""
+        have = f"the {policy_ranks(config)} policy ranks whose places it shares"
+        raise ValueError(f"{name}.nproc {ranks} is more than {have}{own}")
     if ranks % (tensor * pipeline):
         raise ValueError(f"{name}: {ranks} ranks is no multiple of its TP {tensor} x PP {pipeline} = {tensor * pipeline}")
     check_expert_sizes(config, shape, tensor=tensor, pipeline=pipeline, ranks=ranks, prefix=f"{name}: ")

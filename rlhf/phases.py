@@ -2,13 +2,13 @@
 
 A step has three phases: "train" (logprobs and updates; the engine sleeps), "push" (weights of policy and engine side by side, no
 gradients, no KV cache) and "generate" (the engine has its share of the GPU, the policy what it does not offload). A teacher that
-is on the GPU for its logits alone has a fourth, "teacher".
+is on the GPU for its logits alone, or on GPUs of its own, has a fourth, "teacher".
 """
 
 from __future__ import annotations
 
 from rlhf.config import Config
-from rlhf.counts import frozen_group, policy_ranks, samples
+from rlhf.counts import frozen_group, policy_ranks, samples, teacher_places
 from rlhf.memory import (
     BYTES,
     GIB,
@@ -42,8 +42,13 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     """{phase: {what: bytes}} on the fullest GPU: that of a policy rank, a frozen rank and an engine, where they share one.
 
     In server mode the fullest GPU of "generate" is an engine's, of the other phases the policy's. Without engines
-    there is "train" alone, and "teacher" with `offload_teacher_model`.
+    there is "train" alone, and "teacher" with `offload_teacher_model`. A teacher's own GPUs have that phase alone.
     """
+    doing = f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens"
+    if frozen_shape and teacher_places(config):
+        teacher = frozen_memory(config, frozen_shape)
+        own = {"contexts": RANK_CONTEXT, "teacher weights": teacher.weights, doing: teacher.activations}
+        return holdings(config, shape, None, gpu_memory) | {"teacher": own}
     policy = policy_memory(config, shape)
     beside = {f"{frozen_group(config)} weights": frozen_memory(config, frozen_shape) if frozen_shape else None}
     beside["reward model weights"] = reward_model_memory(config)
@@ -54,7 +59,6 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
         "optimizer state": policy.optimizer,
     }
     gradients = {"gradients": policy.gradients}
-    doing = f"{ACTIVATIONS} {micro_batch_tokens(config):,} tokens"
     alone = {}  # what a teacher that does not stay has to itself
     if config.offload_teacher_model:
         ((name, teacher),) = frozen.items()
@@ -93,7 +97,7 @@ def offloaded(config: Config, shape: ModelShape, frozen_shape: ModelShape | None
     if config.optimizer_cpu_offload:
         there = optimizer_bytes(config, shape) - policy.optimizer
         size += there // optimizer_state_bytes(config) * OFFLOADED_STATE
-    if frozen_shape and (config.offload_model or config.offload_teacher_model):
+    if frozen_shape and not teacher_places(config) and (config.offload_model or config.offload_teacher_model):
         size += frozen_memory(config, frozen_shape).weights
     if config.reward_model is not None and config.offload_model:
         size += reward_model_memory(config).weights

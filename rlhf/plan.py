@@ -11,12 +11,14 @@ from rlhf.counts import (
     data_ranks,
     expert_copies,
     frozen_group,
+    frozen_ranks,
     model_ranks,
     own_places,
     policy_ranks,
     rollout_engines,
     samples,
     teacher_engines,
+    teacher_places,
     teacher_width,
     total_steps,
 )
@@ -111,20 +113,18 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
 
 
 def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> list[Role]:
-    ranks = policy_ranks(config)
+    ranks, engines = policy_ranks(config), rollout_engines(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
     if frozen_shape is not None:
-        name = frozen_group(config)
-        count = getattr(config, name).nproc or ranks
-        place = f"with the policy, {_bundles(0, min(count, ranks))}"
+        name, count = frozen_group(config), frozen_ranks(config)
+        place = _teachers_own(config) if teacher_places(config) else f"with the policy, {_bundles(0, count)}"
         roles.append(Role(name=name, count=count, place=place, memory=frozen_memory(config, frozen_shape)))
     if config.reward_model is not None:
         place = f"with the policy, {_bundles(0, ranks)}"
         roles.append(Role(name="reward model", count=ranks, place=place, memory=reward_model_memory(config)))
-    engines, width = rollout_engines(config), config.vllm_tensor_parallel_size
+    width = config.vllm_tensor_parallel_size
     if count := teacher_engines(config):
-        place = f"own {_bundles(ranks + engines * own_places(config), count)}"
-        devices = teacher_width(config)
+        place, devices = _teachers_own(config), teacher_width(config)
         roles.append(Role(name="teacher", count=count, place=place, devices=devices, memory=teacher_engine_memory(config)))
     if not samples(config):
         return [*roles, Role(name="data", count=1, place="driver's node")]
@@ -135,6 +135,12 @@ def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -
     if config.task == "grpo":
         roles.append(Role(name="reward", count=config.reward_workers, place="any node"))
     return [*roles, Role(name="data", count=1, place="driver's node")]
+
+
+def _teachers_own(config: Config) -> str:
+    """The places after the policy's and those of engines that have their own."""
+    first = policy_ranks(config) + rollout_engines(config) * own_places(config)
+    return f"own {_bundles(first, len(teacher_places(config)))}"
 
 
 def _bundles(first: int, count: int) -> str:
@@ -224,8 +230,7 @@ def _place_lines(config: Config, made: Plan) -> list[str]:
     bundles = Counter({1: policy_ranks(config)})  # by size in places
     if own_places(config):
         bundles[config.vllm_tensor_parallel_size] += rollout_engines(config)
-    if count := teacher_engines(config):
-        bundles[teacher_width(config)] += count
+    bundles.update(teacher_places(config))
     wanted = sum(count * size * each for size, count in bundles.items())
     text = " and ".join(f"{count} bundle{'s' * (count > 1)} of {size * each:g} {kind}" for size, count in bundles.items())
     return [*lines, text + ("" if config.nnodes > 1 or wanted <= have else f": more than the {have} here")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts
-from rlhf.counts import samples
+from rlhf.counts import samples, teacher_places
 from rlhf.memory import longest_sequence
 from rlhf.model_folder import ModelShape
 
@@ -164,7 +164,10 @@ def _generation_batch(config: Config) -> tuple[int, int]:
 
 
 def default_nproc(config: Config, gpus_per_node: int) -> int:
-    """Policy ranks a node: $NPROC_PER_NODE; else the GPUs that vllm_mode server leaves; without GPUs those of one model."""
+    """Policy ranks a node: $NPROC_PER_NODE; else the GPUs that others leave of one node; without GPUs those of one model.
+
+    Others: the engines of vllm_mode server, and a teacher on devices of its own.
+    """
     text = os.environ.get("NPROC_PER_NODE")
     if text is not None:
         if text.strip().isdigit() and int(text) > 0:
@@ -175,8 +178,8 @@ def default_nproc(config: Config, gpus_per_node: int) -> int:
     if not gpus_per_node:
         return -(-model_ranks // config.nnodes)
     engines = (config.rollout.num_engines or 1) * config.vllm_tensor_parallel_size
-    own = engines if samples(config) and config.vllm_mode == "server" and config.nnodes == 1 else 0
-    return max(gpus_per_node - own, 1)
+    own = sum(teacher_places(config)) + (engines if samples(config) and config.vllm_mode == "server" else 0)
+    return max(gpus_per_node - own * (config.nnodes == 1), 1)
 
 
 def lasting_folder(path: str, name: str) -> str:

@@ -18,7 +18,7 @@ from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
 from actors.prompts import PromptEncoder
 from actors.reward import RewardWorker
-from rlhf.counts import frozen_group, samples, teacher_engines, total_steps
+from rlhf.counts import frozen_group, frozen_ranks, samples, teacher_devices, teacher_engines, total_steps
 from rlhf.data import PromptedRowStream, PromptStream, RowStream
 from rlhf.engines import build_engines, build_teacher_engines, build_teacher_group
 from rlhf.fit import MOST
@@ -78,7 +78,8 @@ def build_roles(cluster: Cluster, folder: Path) -> Roles:
         reward_model = _rank_group(cluster, "reward model", Frozen, role="reward_model")
     if config.task == "grpo":
         scorer = _scorer(cluster)
-    groups = [ranks for ranks in (policy, *frozen.values(), reward_model) if ranks is not None]
+    sharing = [] if cluster.teacher_places else frozen.values()
+    groups = [ranks for ranks in (policy, *sharing, reward_model) if ranks is not None]
     if teacher_engines(config):
         frozen["teacher"] = build_teacher_group(cluster)
     if samples(config):
@@ -141,23 +142,16 @@ def _rank_group(
     cluster: Cluster,
     name: str,
     kind: type,
-    count: int | None = None,
+    places: range | None = None,
     *,
     env: dict[str, str] | None = None,
     **arguments: Any,
 ) -> RankGroup:
-    """`count` ranks (default: as many as the policy's) on the policy's places."""
-    count = count or cluster.policy_ranks
+    """A rank on each of these places (default: the policy's)."""
+    places = places or range(cluster.policy_ranks)
     ranks = [
-        cluster.create(
-            _reporting(kind),
-            cluster.on_place(rank % cluster.policy_ranks),
-            env=env,
-            rank=rank,
-            world_size=count,
-            **arguments,
-        )
-        for rank in range(count)
+        cluster.create(_reporting(kind), cluster.on_place(place), env=env, rank=rank, world_size=len(places), **arguments)
+        for rank, place in enumerate(places)
     ]
     return RankGroup(name, ranks, timeout=cluster.config.call_timeout)
 
@@ -167,12 +161,15 @@ def _frozen_ranks(cluster: Cluster) -> dict[str, RankGroup]:
     name = frozen_group(cluster.config)
     if name is None:
         return {}
-    return {name: _rank_group(cluster, name, Frozen, getattr(cluster.config, name).nproc, role=name)}
+    places = cluster.teacher_places or range(frozen_ranks(cluster.config))
+    return {name: _rank_group(cluster, name, Frozen, places, role=name)}
 
 
 def _answer_by_teacher(cluster: Cluster, data_worker: Any, info: DatasetInfo, folder: Path) -> None:
-    """Sample the teacher's responses on the places that its ranks get afterwards."""
+    """Sample the teacher's responses on the places that its ranks or engines get afterwards."""
     width = 1 if cluster.named else cluster.config.vllm_tensor_parallel_size  # an offer's width is that of its own devices
+    if cluster.teacher_places:
+        width = teacher_devices(cluster.config)
     changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width}
     config = replace(cluster.config, vllm_gpu_memory_utilization=MOST / 100, **changes)
     count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.group import RankFailure
+from actors.group import RankFailure, first_line
 from rlhf.generation import Generation
 from rlhf.records import Group, GroupSummary, Prompt, PushReport
 
@@ -66,7 +66,11 @@ class RolloutEngines:
             self._spawn(index)
 
     def setup(self) -> None:
-        """Wait until every engine is built. RankFailure names one that died or is not ready in call_timeout."""
+        """Wait until every engine is built, within call_timeout; one that dies meanwhile is replaced.
+
+        RankFailure names one that is late, or died after too many others. What fails without a death is raised as it is.
+        """
+        deadline = time.monotonic() + self.config.call_timeout
         if self.starting and self.neighbours:
             self._leave(weights=True)
         while self.starting:
@@ -74,9 +78,10 @@ class RolloutEngines:
                 self.starting[index] = self.starting[index] or self.start(self.engines[index])
             index, ref = next(iter(self.starting.items()))
             try:
-                self._get(ref, index, "setup", self.config.call_timeout)
+                self._get(ref, index, "setup", deadline)
             except RayActorError as error:
                 self._count_death(index, "setup", error)
+                print(f"rollout engine {index} died while it was built: another one takes its place", flush=True)
                 self._respawn(index)
             else:
                 del self.starting[index]
@@ -136,7 +141,7 @@ class RolloutEngines:
             except StopIteration:
                 return
             except RayActorError as error:
-                raise RankFailure(f"rollout engine 0 died during `stream`: {_first_line(error)}") from error
+                raise RankFailure(f"rollout engine 0 died during `stream`: {first_line(error)}") from error
 
     def mend(self) -> list[int]:
         """Replace engines that died while nothing was asked of them; which ones."""
@@ -232,7 +237,7 @@ class RolloutEngines:
         answers, dead = [], {}
         for index, ref in enumerate([getattr(engine, method).remote(*arguments) for engine in self.engines]):
             try:
-                answers.append(self._get(ref, index, method, self.config.call_timeout))
+                answers.append(self._get(ref, index, method))
             except RayActorError as error:
                 dead[index] = error
         return answers, dead
@@ -270,12 +275,13 @@ class RolloutEngines:
         self.deaths += 1
         if self.deaths > MAX_DEATHS:
             raise RankFailure(
-                f"rollout engine {index} died during `{call}`, death {self.deaths} in a row of an engine: {_first_line(error)}"
+                f"rollout engine {index} died during `{call}`, death {self.deaths} in a row of an engine: {first_line(error)}"
             ) from error
 
-    def _get(self, ref: ray.ObjectRef, index: int, call: str, timeout: float) -> Any:
+    def _get(self, ref: ray.ObjectRef, index: int, call: str, deadline: float | None = None) -> Any:
+        timeout = self.config.call_timeout
         try:
-            return ray.get(ref, timeout=timeout)
+            return ray.get(ref, timeout=timeout if deadline is None else max(deadline - time.monotonic(), 0))
         except GetTimeoutError:
             raise self.late(index, call, timeout) from None
 
@@ -293,7 +299,3 @@ class RolloutEngines:
             return "no answer"
         except RayActorError:
             return "dead"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

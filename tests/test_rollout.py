@@ -278,6 +278,34 @@ def test_an_engine_that_dies_in_its_setup_is_replaced_and_set_up_once(local_ray,
     ray.kill(spawned[1])
 
 
+def test_deaths_in_the_setup_are_counted_and_their_successors_have_no_more_time(local_ray, models, capsys) -> None:
+    """The first engines are killed as soon as they are there; a successor would be ready in some 10 seconds."""
+    kind = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
+    spawned = []
+
+    def engines(deaths: int, call_timeout: float) -> RolloutEngines:
+        config = settings(models["a"], call_timeout=call_timeout)
+        spawned.clear()
+
+        def spawn(index: int):
+            spawned.append(kind.remote(config, index=index))
+            if len(spawned) <= deaths:
+                ray.kill(spawned[-1])
+            return spawned[-1]
+
+        return RolloutEngines(spawn, num_engines=1, config=config)
+
+    with pytest.raises(RankFailure, match=r"^rollout engine 0 died during `setup`, death 4 in a row of an engine: "):
+        engines(deaths=9, call_timeout=500).setup()
+    assert len(spawned) == 4
+    assert capsys.readouterr().out == "rollout engine 0 died while it was built: another one takes its place\n" * 3
+    late, start = engines(deaths=1, call_timeout=3), time.monotonic()
+    with pytest.raises(RankFailure, match="rollout engine 0 did not finish `setup` within 3 s"):
+        late.setup()
+    assert time.monotonic() - start < 3 + 5.5 and late.restarts == 1  # and the seconds of the last report
+    ray.kill(spawned[-1])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_pushed_weights(engines, models, temperature) -> None:
     groups = list(engines.generate(some_prompts(8), n=4, sampling={"temperature": temperature}))

@@ -147,7 +147,8 @@ def test_engines_have_places_of_their_own(folders):
         ((*SHORT, "--teacher.pipeline_model_parallel_size", "2"), "teacher.pipeline_model_parallel_size is for teacher.backend megatron"),
         ((*SHORT, "--teacher.nproc", "3", "--teacher.tensor_model_parallel_size", "2"), "teacher.nproc 3 is no multiple of the 2 devices of one engine"),
         ((*SHORT, "--teacher.tensor_model_parallel_size", "3"), "teacher.tensor_model_parallel_size 3 does not divide the model's 28 attention heads"),
-        ((*SHORT, "--offload_teacher_model", "true"), "offload_teacher_model has nothing to act on: the teacher's engines have devices of their own"),
+        ((*SHORT, "--teacher.own_devices", "false"), "teacher.own_devices false is for teacher.backend megatron: a teacher's engines share no devices"),
+        ((*SHORT, "--offload_teacher_model", "true"), "offload_teacher_model has nothing to act on: the teacher has devices of its own"),
         ((*ENGINE, "--lmbda", "0", "--max_length", "20000"), "sequences of up to 20000 tokens are longer than the 16384 that the teacher takes: lower max_length or vllm_max_model_len"),
     ],
 )  # fmt: skip

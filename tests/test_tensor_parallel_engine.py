@@ -6,12 +6,15 @@ The expected numbers come from an engine on one device and from Hugging Face's m
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 from test_rollout import (
     TOLERANCE,
     Sender,
@@ -62,6 +65,16 @@ def wide(engines) -> RolloutEngines:
     view.spawn = lambda index: engines.spawn(WIDE)
     yield view
     ray.kill(view.engines[0])
+
+
+def wide_engine(config, **arguments) -> RolloutEngines:
+    """One engine of its own, whose setup has begun."""
+
+    def spawn(index: int):
+        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
+        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index, **arguments)
+
+    return RolloutEngines(spawn, num_engines=1, config=config)
 
 
 def sender(models, *, group: bool = False) -> ActorGroup:
@@ -134,16 +147,75 @@ def test_a_killed_worker_takes_the_engine_with_it_which_is_replaced(wide, policy
     assert not {worker.pid for worker in old} & {worker.pid for worker in workers(wide.engines[0])}
 
 
+def family(engine) -> list[psutil.Process]:
+    """The engine's process and all below it; none before it has one."""
+    report = ray.get(engine.report.remote())
+    engine = psutil.Process(int(report.split("pid ")[1]))
+    return [engine, *engine.children(recursive=True)]
+
+
+def starting_workers(engine) -> list[psutil.Process]:
+    """Processes that vLLM has spawned below the engine's, whatever they are called by now."""
+    found = []
+    for process in family(engine)[1:]:
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if words[:1] and (words[0] in WORKERS or "spawn_main" in " ".join(words)):
+            found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["spawned", "loading"])
+def test_a_worker_killed_while_its_engine_is_built_costs_one_engine(local_ray, policy, models, moment, capsys) -> None:
+    shared = shared_memory()
+    engines = wide_engine(settings(models["a"], vllm_tensor_parallel_size=2))
+    first, deadline = engines.engines[0], time.monotonic() + 200
+
+    def there() -> bool:
+        workers = starting_workers(first)
+        return len(workers) == 2 and (moment == "spawned" or all(worker.cmdline()[0] in WORKERS for worker in workers))
+
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "building the engine" in ray.get(first.report.remote())
+    old = family(first)
+    starting_workers(first)[1].kill()
+    push(engines, policy, models["b"])
+    assert engines.restarts == 1 and engines.engines[0] is not first
+    assert capsys.readouterr().out.count("rollout engine 0 died while it was built: another one takes its place\n") == 1
+    assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
+    assert psutil.wait_procs(old, timeout=20)[1] == []
+    rest = family(engines.engines[0])
+    ray.kill(engines.engines[0])
+    assert psutil.wait_procs(rest, timeout=20)[1] == []
+    assert shared_memory() <= shared
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_built_is_not_built_again(local_ray, models, tmp_path) -> None:
+    """The workers find a tensor too small: vLLM's error comes out, and nothing is retried."""
+    folder = tmp_path / "broken"
+    shutil.copytree(models["a"], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name][:, :64].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    engines = wide_engine(settings(folder, vllm_tensor_parallel_size=2), load_weights=True)
+    with pytest.raises(ray.exceptions.RayTaskError, match="WorkerProc initialization failed due to an exception"):
+        engines.setup()
+    assert engines.restarts == 0
+    ray.kill(engines.engines[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["ray.kill", "SIGKILL"])
 def test_nothing_is_left_of_an_engine_that_is_killed(local_ray, policy, models, end) -> None:
-    def spawn(index: int):
-        kind = ray.remote(max_concurrency=1000)(RolloutEngine)
-        config = settings(models["a"], vllm_tensor_parallel_size=2)
-        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index)
-
     shared = shared_memory()
-    engines = RolloutEngines(spawn, num_engines=1, config=settings(models["a"]))
+    engines = wide_engine(settings(models["a"], vllm_tensor_parallel_size=2))
     push(engines, policy, models["a"])
     children = workers(engines.engines[0])
     family = children[0].parent().children(recursive=True)
