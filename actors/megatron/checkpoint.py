@@ -162,6 +162,8 @@ def _check_optimizers(contents: dict[str, Any], training: Training, folder: Path
             f"{folder} holds the optimizer's state of {sizes[written]}, the run has {sizes[now]}: give the former, or "
             "--no_load_optim true for a new optimizer"
         )
+
+
 def _write(everything: dict[str, Any], folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
