@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.config import ALL
 from rlhf.metrics import file_offsets
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ def run_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         used = sorted({*folder.glob("metrics.jsonl"), *_complete(folder)})
         if used and asked != "auto" and folder != source:
-            raise ValueError(
-                f"{folder} already holds a run ({used[-1].name}): continue it with --resume_from_checkpoint auto, or "
-                "choose another --run_name"
-            )
+            continued = "continue it with --resume_from_checkpoint auto, or " if config.task in ALL else ""
+            raise ValueError(f"{folder} already holds a run ({used[-1].name}): {continued}choose another --run_name")
         _write_json(folder / ARGS, asdict(config))
     except OSError as error:
         text = f"cannot write to the run folder {folder}: {error.strerror}: choose another --output_dir"

@@ -228,6 +228,8 @@ def test_a_folder_that_holds_another_run_is_refused_unless_it_is_resumed(tmp_pat
     saved_run(tmp_path, (10,))
     with pytest.raises(ValueError, match="already holds a run.*--resume_from_checkpoint auto"):
         run_folder(config(tmp_path))
+    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\): choose another --run_name$"):
+        run_folder(config(tmp_path, task="infer"))
 
 
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path):
