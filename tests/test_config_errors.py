@@ -100,6 +100,8 @@ def test_words_that_are_not_understood(words, message):
         ("--nproc_per_node 4 --micro_batch_size 8", "global_batch_size 16 must be a multiple of micro_batch_size 8 x 4 data-parallel ranks = 32 (ranks 4 / TP*PP 1 = 4)"),
         ("--nproc_per_node 32 --micro_batch_tokens 99", "global_batch_size 16 is less than the 32 data-parallel ranks: each needs a sequence"),
         ("--nproc_per_node 3 --tensor_model_parallel_size 2", "1 nodes x 3 ranks = 3 policy ranks is no multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 = 2: set --nproc_per_node (or NPROC_PER_NODE)"),
+        ("--lora_rank 64", "lora_rank is for tuner_type lora, without which all weights are trained: add --tuner_type lora"),
+        ("--target_modules linear_qkv", "target_modules is for tuner_type lora, without which all weights are trained: add --tuner_type lora"),
         ("--tensor_model_parallel_size 3", "tensor_model_parallel_size 3 does not divide the model's 4 attention heads"),
         ("--pipeline_model_parallel_size 3", "pipeline_model_parallel_size 3 does not divide the model's 2 layers"),
         ("--megatron.layernorm_epsilonn 1e-5", "megatron.layernorm_epsilonn is no field of Megatron's model, optimizer or data-parallel config; did you mean megatron.layernorm_epsilon?"),
