@@ -187,6 +187,11 @@ def test_a_hub_id_that_cannot_be_had():
     assert message.startswith("--model nobody/nothing: no such folder here, and Hugging Face did not give it")
 
 
+@pytest.mark.parametrize("name", ["./none", "../none"])
+def test_a_relative_folder_is_not_looked_for_on_a_hub(name):
+    assert error_of(f"rlhf {BASE} --model {name}") == f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"
+
+
 def test_broken_model_folders(folder):
     config = folder / "m" / "config.json"
     config.write_text('{"hidden_size": ')
