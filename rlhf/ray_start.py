@@ -139,8 +139,9 @@ def _announcement(name: str) -> Path:
 
 @cache
 def _say_gone(address: str) -> None:
-    """Once, however often it is asked where to go."""
-    print(f"the Ray cluster that `ray start` left at {address} does not answer: starting one of this run's own")
+    """Once, however often it is asked where to go; not on standard output, where infer's answers are."""
+    text = f"the Ray cluster that `ray start` left at {address} does not answer: starting one of this run's own"
+    print(text, file=sys.stderr)
 
 
 def _unreachable(address: str) -> OSError | None:

@@ -42,7 +42,7 @@ def test_a_cluster_that_answers_is_joined(left_behind, listening):
 def test_a_cluster_that_is_gone_is_not_waited_for(left_behind, silent, capsys):
     left_behind(silent)
     assert cluster_address() == cluster_address() == LOCAL
-    assert capsys.readouterr().out.count(silent) == 1
+    assert capsys.readouterr().err.count(silent) == 1
 
 
 def test_without_a_cluster_a_run_starts_its_own(left_behind, monkeypatch):
