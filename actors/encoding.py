@@ -228,6 +228,7 @@ class Encoder:
             mask *= np.array(encoded["loss_scale"], np.float32)
         return np.array(encoded["input_ids"], np.int32), mask
 
+
 def _passed_on(row: dict[str, Any]) -> dict[str, Any]:
     """What a template reads of a row."""
     return {key: row[key] for key in PASSED_ON if row.get(key)}

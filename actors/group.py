@@ -143,8 +143,9 @@ class RankGroup(ActorGroup):
 
     def setup(self) -> None:
         """Form the process group and load the model on every rank."""
-        master = ray.get(self.actors[0].node_address.remote(), timeout=self.timeout)
-        self.infos = self.broadcast("setup", master)
+        address = self.actors[0].node_address.remote()
+        self._wait("node_address", [address], None)
+        self.infos = self.broadcast("setup", ray.get(address))
 
     @property
     def data_size(self) -> int:

@@ -120,7 +120,7 @@ def teacher_config(config: Any) -> Any:
         vllm_gpu_memory_utilization=MOST / 100,
         vllm_max_model_len=longest_sequence(config) or None,
         vllm_max_num_seqs=None,
-        vllm={"max_logprobs": config.gkd_logits_topk + max(other - own, 0)},
+        vllm=config.vllm | {"max_logprobs": config.gkd_logits_topk + max(other - own, 0)},
     )
 
 

@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.config import ALL
 from rlhf.metrics import file_offsets
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ def run_folder(config: Config) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         used = sorted({*folder.glob("metrics.jsonl"), *_complete(folder)})
         if used and asked != "auto" and folder != source:
-            raise ValueError(
-                f"{folder} already holds a run ({used[-1].name}): continue it with --resume_from_checkpoint auto, or "
-                "choose another --run_name"
-            )
+            continued = "continue it with --resume_from_checkpoint auto, or " if config.task in ALL else ""
+            raise ValueError(f"{folder} already holds a run ({used[-1].name}): {continued}choose another --run_name")
         _write_json(folder / ARGS, asdict(config))
     except OSError as error:
         text = f"cannot write to the run folder {folder}: {error.strerror}: choose another --output_dir"
@@ -120,7 +119,8 @@ class Checkpoints:
         """The checkpoint that `resume_from_checkpoint` asks for: `auto` or a folder. None: start afresh.
 
         A corrupt or incomplete one is named with its fault, and the newest good one before it in the same run is taken.
-        Raises ValueError when the folder does not exist, when no checkpoint is good, or when it has no optimizer state.
+        Raises ValueError when the folder does not exist, when no checkpoint is good, or when it is of another task or has no
+        optimizer state.
         """
         asked = self.config.resume_from_checkpoint
         if asked is None:
@@ -140,6 +140,12 @@ class Checkpoints:
         """Read it. Later checkpoints of this run belong to a course that is now left: they are kept under another name,
         so that a later `auto` does not take them."""
         saved = json.loads((folder / CONTROLLER).read_text(encoding="utf-8"))
+        own, task = self.config.task, saved["config"]["task"]
+        if task != own:
+            raise ValueError(
+                f"{folder} is of a run of {task}, this one is {own}: start a new run from its weights: --model {folder}, without "
+                "--resume_from_checkpoint and under another --run_name"
+            )
         if saved["config"]["no_save_optim"]:
             raise ValueError(
                 f"{folder} was saved with no_save_optim: without optimizer state a run cannot be continued exactly. "

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.megatron_folder import holds_megatron
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # ./model and ../model are folders
 LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "model_max_length", "max_seq_len")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenization_*.py", "*.tiktoken")

@@ -10,14 +10,14 @@ import ray
 
 from rlhf.batching import row_shards
 from rlhf.counts import reward_names
-from rlhf.data import RowBatch
+from rlhf.data import DataFailure, RowBatch
 from rlhf.head_losses import head_outputs
 from rlhf.reward_process import ScoringError
 
 if TYPE_CHECKING:
     from actors.group import RankGroup
     from rlhf.config import Config
-    from rlhf.records import Group
+    from rlhf.records import Group, RowSummary
 
 
 class ModelReward:
@@ -29,10 +29,10 @@ class ModelReward:
         self.name = reward_names(config)[-1]
 
     def score(self, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """The scores of each group's responses. Raises ScoringError when one is not finite."""
+        """The scores of each group's responses. ScoringError when one is not finite, DataFailure when they were not encoded."""
         answers = [(group.prompt.messages, group.prompt.columns, group.texts) for group in groups]
         tokens, summary = self.encoder.answers.remote(answers)
-        batch = RowBatch(tokens=tokens, summary=ray.get(summary, timeout=self.config.call_timeout))
+        batch = RowBatch(tokens=tokens, summary=self._encoded(summary))
         shards = row_shards(batch, self.config, data_size=self.ranks.data_size, weigh="rows")
         parts = ray.get(self.ranks.on_shards_refs("sequence_values", shards, head_outputs))
         by_key = {key: value for part in parts for key, value in part.items()}
@@ -44,3 +44,14 @@ class ModelReward:
             scores.append(tuple(values[start : start + len(group.texts)]))
             start += len(group.texts)
         return scores
+
+    def _encoded(self, summary: ray.ObjectRef) -> RowSummary:
+        """What the data worker says of the responses. DataFailure when it does not in call_timeout, or has died."""
+        try:
+            return ray.get(summary, timeout=self.config.call_timeout)
+        except ray.exceptions.GetTimeoutError:
+            timeout = f"{self.config.call_timeout:g} s (call_timeout)"
+            raise DataFailure(f"the data worker did not encode the responses for the reward model within {timeout}") from None
+        except ray.exceptions.RayActorError as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise DataFailure(f"the data worker died at the responses for the reward model: {first_line}") from error

@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -14,10 +14,16 @@ import yaml
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def nearest(word: str, words: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean X?`, or nothing when no word is near."""
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """The nearest of `words`, or None when none is near."""
     found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
+    return found[0] if found else None
+
+
+def nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?`, or nothing when no word is near."""
+    found = closest(word, words)
+    return f"; did you mean {prefix}{found}?" if found else ""
 
 
 def untyped(value: Any) -> Any:
@@ -105,3 +111,14 @@ def check_bounds(name: str, bounds: Mapping[str, Any], value: Any) -> None:
         raise ValueError(f"--{name} must be greater than {above}, not {value}")
     if most is not None and value > most:
         raise ValueError(f"--{name} must be at most {most}, not {value}")
+
+
+def kind_name(kind: Any) -> str:
+    """How `--help` names the type of an option."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return kind_name(next(item for item in typing.get_args(kind) if item is not type(None)))
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"{kind_name(typing.get_args(kind)[0])} ..."
+    return {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -20,7 +19,7 @@ from rlhf.devices import find_devices
 from rlhf.export_check import complete_export
 from rlhf.megatron_folder import check_described, find_whole_megatron
 from rlhf.model_folder import local_model, read_shape
-from rlhf.option_values import check_bounds, nearest, typed, untyped
+from rlhf.option_values import check_bounds, closest, kind_name, nearest, typed, untyped
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
 from rlhf.validation import check_parsed, validate
@@ -134,7 +133,9 @@ def parse(argv: Sequence[str]) -> Config:
     command = words.pop(0) if words else ""
     there_are = f"{', '.join(COMMANDS)}, plan or check"
     if command not in COMMANDS:
-        raise ValueError(f"the first word is {there_are}, not {command!r}" + nearest(command, COMMANDS))
+        options = [f": write megaray {word} --{name} {command}" for word, (name, tasks) in COMMANDS.items() if command in tasks]
+        hint = options[0] if options else nearest(command, COMMANDS)
+        raise ValueError(f"the first word is {there_are}, not {command!r}{hint}")
     if argv[:1] == ["plan"] and command not in TRAINING:
         raise ValueError(f"there is no plan of {command}: plan is for {', '.join(TRAINING[:-1])} and {TRAINING[-1]}")
     given = _tokens(words)
@@ -244,8 +245,11 @@ def _unknown(name: str, task: str) -> str:
         return f"unknown option --{name}; here it is --{ELSEWHERE[name]}"
     if name in (*ROLES, *PASS_THROUGH):
         return f"--{name} is a section: write --{name}.NAME VALUE"
-    names = [option.name for option in supported().values() if task in option.tasks]
-    return f"unknown option --{name}" + (nearest(name, names, "--") or "; --help lists them")
+    names = {option.name: option.name for option in supported().values() if task in option.tasks}
+    typed_elsewhere = {other: here for other, here in ELSEWHERE.items() if here in names}
+    known = typed_elsewhere | names
+    found = closest(name, known)
+    return f"unknown option --{name}; " + (f"did you mean --{known[found]}?" if found else "--help lists them")
 
 
 def help_of(argv: Sequence[str]) -> str:
@@ -286,14 +290,4 @@ def _help_line(option: Option, defaults: Mapping[str, Any]) -> str:
     shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
     shown = str(shown).lower() if isinstance(shown, bool) else shown
     tail = f" [{shown}]" if shown not in (None, "") else ""
-    return f"  --{option.name} {_kind_name(option.type)}".ljust(44) + f"  {option.field.metadata['help']}{tail}"
-
-
-def _kind_name(kind: Any) -> str:
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return _kind_name(next(item for item in typing.get_args(kind) if item is not type(None)))
-    if typing.get_origin(kind) is Literal:
-        return "|".join(typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        return f"{_kind_name(typing.get_args(kind)[0])} ..."
-    return {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "")
+    return f"  --{option.name} {kind_name(option.type)}".ljust(44) + f"  {option.field.metadata['help']}{tail}"

@@ -76,7 +76,7 @@ class Plan:
 
 def print_plan(config: Config) -> int:
     """Print the plan of a checked config; the exit status."""
-    made = plan(config, dataset_rows=count_rows(config.dataset), devices=find_devices())
+    made = plan(config, dataset_rows=count_rows(config.dataset, held_out=config.split_dataset_ratio), devices=find_devices())
     print(render(config, made))
     return 0
 
@@ -147,18 +147,19 @@ def _bundles(first: int, count: int) -> str:
     return f"bundle {first}" if count == 1 else f"bundles {first}-{first + count - 1}"
 
 
-def count_rows(dataset: list[str]) -> int | None:
-    """Rows of local .jsonl files, `#N` taken; None when one of them is something else."""
+def count_rows(dataset: list[str], *, held_out: float = 0.0) -> int | None:
+    """Rows of local .jsonl files, `#N` taken, less the share `held_out` of each; None when one of them is something else."""
     total = 0
     for name in dataset:
         path, _, limit = name.partition("#")
         if limit.isdigit():
-            total += int(limit)
+            rows = int(limit)
         elif path.endswith(".jsonl") and Path(path).is_file():
             with open(path, "rb") as lines:
-                total += sum(1 for line in lines if line.strip())
+                rows = sum(1 for line in lines if line.strip())
         else:
             return None
+        total += rows - (max(int(rows * held_out), 1) if held_out else 0)  # as ms-swift rounds
     return total
 
 

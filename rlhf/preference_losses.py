@@ -176,6 +176,9 @@ def ld_dpo_weights(
 ) -> torch.Tensor:
     """Weights of LD-DPO (Liu et al. 2024): 1 for the response tokens of the shared length, ld_alpha beyond, [T].
 
+    With `ld_alpha`, `dpo_losses` takes the logprobs of policy AND reference summed with them, as in TRL; ms-swift leaves the
+    reference unweighted.
+
     mask [T]: 1 at response tokens; the weight is 0 elsewhere. sequence_ids [T]: ascending, in 0..B-1. shared_lengths [B]:
     response tokens of the shorter response of the sequence's pair. Call before tokens are split over context ranks.
     """
@@ -185,31 +188,6 @@ def ld_dpo_weights(
     position = counted.cumsum(0) - before[sequence_ids]  # from 1 at the first response token
     weights = mask.new_ones(mask.shape).masked_fill(position > shared_lengths[sequence_ids], ld_alpha)
     return weights * counted
-
-
-def ld_dpo_sums(
-    logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    sequence_ids: torch.Tensor,
-    shared_lengths: torch.Tensor,
-    *,
-    ld_alpha: float,
-) -> torch.Tensor:
-    """Summed logprobs of LD-DPO, [B]: what `dpo_losses` takes of policy AND reference when `ld_alpha` is set, as in TRL.
-
-    logprobs [T], with gradient; the rest as in `ld_dpo_weights`. ms-swift leaves the reference unweighted.
-    """
-    weights = ld_dpo_weights(mask, sequence_ids, shared_lengths, ld_alpha=ld_alpha)
-    return logprobs.new_zeros(len(shared_lengths)).index_add(0, sequence_ids, logprobs * weights.to(logprobs.dtype))
-
-
-def kto_kl(log_ratios: torch.Tensor) -> torch.Tensor:
-    """Reference point of KTO: max(0, mean log ratio of mismatched pairs), a scalar without gradient.
-
-    log_ratios [N]: log policy - log reference of each prompt followed by another prompt's response (Ethayarajh et al.
-    2024, section 4). DEPENDS ON THE WHOLE BATCH: give those of the global batch.
-    """
-    return log_ratios.detach().mean().clamp(min=0)
 
 
 def kto_losses(
@@ -224,9 +202,10 @@ def kto_losses(
 ) -> torch.Tensor:
     """Loss of each sequence, [B]; the loss of the step is its mean over the global batch.
 
-    log_ratios [B]: log policy - log reference, summed over the response. desirable [B] bool. kl: `kto_kl` of the global
-    batch. "kto": w (1 - sigmoid(+-beta (log ratio - kl))), + where desirable (Ethayarajh et al. 2024, section 4).
-    "apo_zero_unpaired": the same without kl (D'Oosterlinck et al. 2024, eq. 7, unpaired). Raises ValueError for others.
+    log_ratios [B]: log policy - log reference, summed over the response. desirable [B] bool. kl: of the global batch,
+    max(0, mean log ratio of prompts with another one's response). "kto": w (1 - sigmoid(+-beta (log ratio - kl))), + where
+    desirable (Ethayarajh et al. 2024, section 4). "apo_zero_unpaired": the same without kl (D'Oosterlinck et al. 2024, eq. 7,
+    unpaired). Raises ValueError for others.
     """
     if loss_type not in KTO_LOSS_TYPES:
         raise ValueError(f"loss_type {loss_type!r}: choose {' or '.join(KTO_LOSS_TYPES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,15 @@ def cluster_address() -> str:
     given = os.environ.get("RAY_ADDRESS") or None  # empty: not given
     if given and "://" in given:
         raise ValueError(f"RAY_ADDRESS {given} is for `ray job submit`: here give HOST:PORT of the head node, or {LOCAL}")
+    if given and given not in (LOCAL, "auto") and not re.fullmatch(r".+:\d+", given):
+        raise ValueError(f"RAY_ADDRESS {given} is no HOST:PORT: give that of the head node, 10.0.0.1:6379 say, auto, or {LOCAL}")
     address = canonicalize_bootstrap_address(given)
     if address is None:
         return LOCAL
     if (error := _unreachable(address)) is not None:
         if given:
             raise ValueError(f"no Ray cluster answers at RAY_ADDRESS {given}: {error}; unset it to start one here") from error
-        print(f"the Ray cluster that `ray start` left at {address} does not answer: starting one of this run's own")
+        _say_gone(address)
         return LOCAL
     return address
 
@@ -131,6 +135,13 @@ def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> Non
 
 def _announcement(name: str) -> Path:
     return Path(tempfile.gettempdir(), f"megaray-{os.getuid()}", name)
+
+
+@cache
+def _say_gone(address: str) -> None:
+    """Once, however often it is asked where to go; not on standard output, where infer's answers are."""
+    text = f"the Ray cluster that `ray start` left at {address} does not answer: starting one of this run's own"
+    print(text, file=sys.stderr)
 
 
 def _unreachable(address: str) -> OSError | None:

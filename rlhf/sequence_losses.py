@@ -122,14 +122,6 @@ def listwise_reranker_losses(
     return torch.stack([(group / temperature).logsumexp(0) - group[0] / temperature for group in groups])
 
 
-def generative_reranker_scores(logits: torch.Tensor, *, positive_token: int, negative_token: int) -> torch.Tensor:
-    """Score of each document by a language model: logit of "yes" - logit of "no" at its last token, [B, V] -> [B].
-
-    The token ids are those of GENERATIVE_RERANKER_POSITIVE_TOKEN ("yes") and .._NEGATIVE_TOKEN ("no").
-    """
-    return logits[:, positive_token] - logits[:, negative_token]
-
-
 def classification_losses(logits: torch.Tensor, labels: torch.Tensor, *, problem_type: str) -> torch.Tensor:
     """Loss of each sequence, [B], from logits [B, K] (Hugging Face's sequence classification).
 

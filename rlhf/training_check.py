@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.config import Config
+from rlhf.config import Config, LoraOptions
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape
 from rlhf.pipeline import policy_pipeline
@@ -64,8 +64,10 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
 
 def _check_lora(config: Config, shape: ModelShape) -> None:
     if config.tuner_type != "lora":
-        if config.modules_to_save:
-            raise ValueError("modules_to_save is for tuner_type lora: full training trains and saves all modules")
+        default = LoraOptions()
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
+            if getattr(config, name) != getattr(default, name):
+                raise ValueError(f"{name} is for tuner_type lora, without which all weights are trained: add --tuner_type lora")
         return
     for name in config.modules_to_save:
         if name not in WHOLE_MODULES:

@@ -168,6 +168,14 @@ def test_a_checkpoint_without_optimizer_is_refused_with_what_to_do_instead(tmp_p
         find(tmp_path)
 
 
+@pytest.mark.parametrize("asked", ["auto", "checkpoint"])
+def test_a_checkpoint_of_another_task_is_not_continued(tmp_path, asked):
+    folder = saved_run(tmp_path, (10,))
+    asked = folder / "checkpoint-10" if asked == "checkpoint" else asked
+    with pytest.raises(ValueError, match=r"checkpoint-10 is of a run of grpo, this one is sft: .* --model .*checkpoint-10"):
+        find(tmp_path, asked, task="sft")
+
+
 def test_a_policy_that_writes_where_this_node_cannot_see_is_an_error(tmp_path):
     class Elsewhere(Disk):
         def on_all(self, method: str, folder: str, step: int) -> None:
@@ -220,6 +228,8 @@ def test_a_folder_that_holds_another_run_is_refused_unless_it_is_resumed(tmp_pat
     saved_run(tmp_path, (10,))
     with pytest.raises(ValueError, match="already holds a run.*--resume_from_checkpoint auto"):
         run_folder(config(tmp_path))
+    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\): choose another --run_name$"):
+        run_folder(config(tmp_path, task="infer"))
 
 
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path):

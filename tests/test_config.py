@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from rlhf.config import ALL, Config
 from rlhf.options import ALIASES, COMMANDS, help_of, help_text, load_config, parse, supported
 from rlhf.resolution import resolve
 from rlhf.unsupported import ELSEWHERE, UNSUPPORTED
+from tests.command import MAIN
 from tests.model_json import TINY, write_model
 
 # ms-swift 4.6.0's Megatron defaults. `None`: filled in later, see test_dependent_defaults.
@@ -311,3 +313,12 @@ def test_the_bare_command_works_from_another_folder(tmp_path):
     assert not (tmp_path / "runs").exists()
     wrong = subprocess.run([*main, "rlhf", "--lrr", "1"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr) == (2, "error: unknown option --lrr; did you mean --lr?\n")
+
+
+def test_help_ends_quietly_when_nobody_reads_it():
+    """As of `megaray --help | head`, which ends before all is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(MAIN), "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

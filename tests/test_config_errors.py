@@ -42,11 +42,15 @@ def test_the_base_of_these_commands_is_accepted():
     [
         ("", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not ''"),
         ("rlfh --lr 1", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not 'rlfh'; did you mean rlhf?"),
+        ("grpo --lr 1", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not 'grpo': write megaray rlhf --rlhf_type grpo"),
+        ("seq_cls", "the first word is pt, sft, rlhf, infer, eval, rollout, export, plan or check, not 'seq_cls': write megaray sft --task_type seq_cls"),
         ("rlhf --rlhf_type dpi", "--rlhf_type dpi: choose from dpo, kto, rm, gkd, grpo; did you mean dpo?"),
         ("sft --rlhf_type grpo", "--rlhf_type belongs to rlhf: write megaray rlhf --rlhf_type grpo"),
         ("rlhf lr 1", "expected an option that starts with --, not 'lr'"),
         ("rlhf --rlhf_type grpo --num_generation 3", "unknown option --num_generation; did you mean --num_generations?"),
         ("rlhf --learning_rate 3", "unknown option --learning_rate; here it is --lr"),
+        ("rlhf --lerning_rate 3", "unknown option --lerning_rate; did you mean --lr?"),
+        ("infer --lerning_rate 3", "unknown option --lerning_rate; --help lists them"),
         ("rlhf --zzz 3", "unknown option --zzz; --help lists them"),
         ("rlhf --rlhf_type grpo --rollout.num_engine 2", "unknown option --rollout.num_engine; did you mean --rollout.num_engines?"),
         ("rlhf --megatron 2", "--megatron is a section: write --megatron.NAME VALUE"),
@@ -96,6 +100,8 @@ def test_words_that_are_not_understood(words, message):
         ("--nproc_per_node 4 --micro_batch_size 8", "global_batch_size 16 must be a multiple of micro_batch_size 8 x 4 data-parallel ranks = 32 (ranks 4 / TP*PP 1 = 4)"),
         ("--nproc_per_node 32 --micro_batch_tokens 99", "global_batch_size 16 is less than the 32 data-parallel ranks: each needs a sequence"),
         ("--nproc_per_node 3 --tensor_model_parallel_size 2", "1 nodes x 3 ranks = 3 policy ranks is no multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 = 2: set --nproc_per_node (or NPROC_PER_NODE)"),
+        ("--lora_rank 64", "lora_rank is for tuner_type lora, without which all weights are trained: add --tuner_type lora"),
+        ("--target_modules linear_qkv", "target_modules is for tuner_type lora, without which all weights are trained: add --tuner_type lora"),
         ("--tensor_model_parallel_size 3", "tensor_model_parallel_size 3 does not divide the model's 4 attention heads"),
         ("--pipeline_model_parallel_size 3", "pipeline_model_parallel_size 3 does not divide the model's 2 layers"),
         ("--megatron.layernorm_epsilonn 1e-5", "megatron.layernorm_epsilonn is no field of Megatron's model, optimizer or data-parallel config; did you mean megatron.layernorm_epsilon?"),
@@ -179,6 +185,11 @@ def test_what_is_missing(words, message, folder):
 def test_a_hub_id_that_cannot_be_had():
     message = error_of(f"rlhf {BASE} --use_hf --model nobody/nothing")
     assert message.startswith("--model nobody/nothing: no such folder here, and Hugging Face did not give it")
+
+
+@pytest.mark.parametrize("name", ["./none", "../none"])
+def test_a_relative_folder_is_not_looked_for_on_a_hub(name):
+    assert error_of(f"rlhf {BASE} --model {name}") == f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"
 
 
 def test_broken_model_folders(folder):

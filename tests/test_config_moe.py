@@ -69,7 +69,7 @@ def read(model: str, words: str) -> Config:
         ("dense", "--overlap_param_gather true", "overlap_param_gather needs --overlap_grad_reduce true and --use_distributed_optimizer true"),
         ("dense", "--optimizer_cpu_offload true --use_distributed_optimizer false", "optimizer_cpu_offload needs --use_distributed_optimizer true"),
         ("dense", "--optimizer_offload_fraction 0.5", "optimizer_offload_fraction 0.5 needs --optimizer_cpu_offload true"),
-        ("dense", "--modules_to_save output_layer", "modules_to_save is for tuner_type lora: full training trains and saves all modules"),
+        ("dense", "--modules_to_save output_layer", "modules_to_save is for tuner_type lora, without which all weights are trained: add --tuner_type lora"),
         ("dense", "--tuner_type lora --modules_to_save lm_head", "modules_to_save 'lm_head': choose from word_embeddings, output_layer"),
         ("dense", "--megatron.moe_aux_loss_coeff 1", "megatron.moe_aux_loss_coeff is set by the run itself: use the option of its own, if there is one"),
     ],

@@ -246,3 +246,5 @@ def test_rows_of_local_files(tmp_path):
     assert count_rows([str(file)]) == 3
     assert count_rows([f"{file}#2", str(file)]) == 5
     assert count_rows([str(file), "org/set"]) is None
+    assert count_rows([f"{file}#3", str(file)], held_out=0.67) == 2  # 2 of each 3 are kept from training
+    assert count_rows([str(file)], held_out=0.01) == 2  # at least one

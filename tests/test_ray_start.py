@@ -41,8 +41,8 @@ def test_a_cluster_that_answers_is_joined(left_behind, listening):
 
 def test_a_cluster_that_is_gone_is_not_waited_for(left_behind, silent, capsys):
     left_behind(silent)
-    assert cluster_address() == LOCAL
-    assert silent in capsys.readouterr().out
+    assert cluster_address() == cluster_address() == LOCAL
+    assert capsys.readouterr().err.count(silent) == 1
 
 
 def test_without_a_cluster_a_run_starts_its_own(left_behind, monkeypatch):
@@ -56,6 +56,13 @@ def test_without_a_cluster_a_run_starts_its_own(left_behind, monkeypatch):
 def test_an_address_that_does_not_answer_is_refused(monkeypatch, silent):
     monkeypatch.setenv("RAY_ADDRESS", silent)
     with pytest.raises(ValueError, match=f"RAY_ADDRESS {silent}.*unset it"):
+        cluster_address()
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:head", "head"])
+def test_an_address_without_a_port_is_refused(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=f"^RAY_ADDRESS {address} is no HOST:PORT"):
         cluster_address()
 
 

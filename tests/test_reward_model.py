@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import command
@@ -17,6 +18,7 @@ from actors.frozen import Frozen
 from actors.group import RankGroup
 from actors.reward import RewardWorker
 from rlhf.config import Config
+from rlhf.data import DataFailure
 from rlhf.model_reward import ModelReward
 from rlhf.records import Group, Prompt
 from rlhf.scoring import Scorer
@@ -101,6 +103,19 @@ def test_scores_are_hugging_faces_and_come_after_the_functions(model_reward, rew
         assert score.by_function["score"] == pytest.approx(values, abs=1e-5)
         functions = score.by_function["format"]
         assert score.rewards == pytest.approx([function + 2 * value for function, value in zip(functions, values)], abs=1e-5)
+
+
+@pytest.mark.parametrize(("killed", "message"), [(True, "died at the responses"), (False, "did not encode .* within 0.01 s")])
+def test_a_data_worker_that_does_not_answer_ends_the_run_by_name(local_ray, policy, reward_model, killed, message):
+    config = Config(task="grpo", model=str(policy), reward_model=str(reward_model), template_backend="jinja", call_timeout=0.01)
+    worker = ray.remote(concurrency_groups={"report": 1})(DataWorker).options(num_cpus=0).remote(config)
+    if killed:
+        ray.get(worker.report.remote())
+        ray.kill(worker)
+        config = replace(config, call_timeout=60)
+    with pytest.raises(DataFailure, match=f"the data worker {message}"):
+        ModelReward(None, worker, config).score(groups())
+    ray.kill(worker)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from rlhf.sequence_losses import (
     classification_losses,
     contrastive_losses,
     cosine_similarity_losses,
-    generative_reranker_scores,
     infonce_losses,
     listwise_reranker_losses,
     online_contrastive_losses,
@@ -192,16 +191,6 @@ def test_listwise_reranker_losses_add_up_over_parts_of_the_batch():
     scores = scores_of(RELEVANT).squeeze(-1)
     parts = [listwise_reranker_losses(scores[part], RELEVANT[part]) for part in (slice(0, 5), slice(5, 11))]
     torch.testing.assert_close(torch.cat(parts), listwise_reranker_losses(scores, RELEVANT), **EXACT)
-
-
-def test_generative_reranker_scores_equal_those_of_ms_swift():
-    from swift.utils import get_generative_reranker_logits
-
-    hidden, head = normal(5, HIDDEN, seed=5), normal(9, HIDDEN, seed=6)
-    tokenizer = SimpleNamespace(convert_tokens_to_ids={"yes": 7, "no": 2}.get)
-    theirs = get_generative_reranker_logits(head, tokenizer, hidden)
-    ours = generative_reranker_scores(hidden @ head.T, positive_token=7, negative_token=2)
-    torch.testing.assert_close(ours, theirs.squeeze(-1), **EXACT)
 
 
 @pytest.mark.parametrize(

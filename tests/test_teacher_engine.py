@@ -21,7 +21,7 @@ from tiny import make_tiny_model
 
 from actors.group import EngineGroup
 from actors.rollout import ENVIRONMENT
-from actors.teacher_engine import TeacherEngine
+from actors.teacher_engine import TeacherEngine, teacher_config
 from rlhf.config import Config, TeacherRole
 from rlhf.counts import frozen_group, teacher_engines
 from rlhf.plan import plan, render
@@ -138,6 +138,11 @@ def test_engines_have_places_of_their_own(folders):
     assert teacher_engines(config) == 2 and frozen_group(config) is None
     text = render(config, plan(config, dataset_rows=40, devices=CPU))
     assert "teacher      2 x  own bundles 1-2" in text and "1 bundle of 1 CPU and 2 bundles of 2 CPU" in text
+
+
+def test_engine_arguments_are_the_teachers_too(folders):
+    """With lmbda 0 there is no other engine that could take them."""
+    assert teacher_config(load(*folders, *SHORT, "--vllm.block_size", "32")).vllm["block_size"] == 32
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def add_adapter(model: Model, config: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     targets = list(config.target_modules)
-    if targets == ["all-linear"]:
+    if "all-linear" in targets:
         targets = LINEAR_LAYERS
     unknown = sorted(set(targets) - set(LINEAR_LAYERS))
     if unknown:

@@ -148,9 +148,10 @@ def _stored_dtype(hugging_face: Any) -> torch.dtype:
 
 
 def _check_divides(settings: dict[str, Any], sizes: ParallelSizes) -> None:
-    for name in ("num_attention_heads", "num_query_groups"):
-        if settings.get(name) and settings[name] % sizes.tensor:
-            raise ValueError(f"tensor_model_parallel_size {sizes.tensor} does not divide the model's {name} {settings[name]}")
+    """Key-value heads may be fewer than tensor ranks, which then share them: Megatron checks that they can."""
+    heads = settings["num_attention_heads"]
+    if heads % sizes.tensor:
+        raise ValueError(f"tensor_model_parallel_size {sizes.tensor} does not divide the model's num_attention_heads {heads}")
     sizes.pipeline.stages(settings["num_layers"])
 
 
