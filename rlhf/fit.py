@@ -20,7 +20,7 @@ from rlhf.model_folder import ModelShape
 from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
 from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
-MARGIN = 7  # per cent of a GPU that nobody is given: 5 of an H200 were in use beside what is predicted, after an update
+MARGIN = 2  # per cent of a GPU that nobody is given
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say
 RESPONSES = 256  # of the longest length: what a KV cache should hold before the policy may stay on the GPU
 DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
@@ -122,13 +122,14 @@ def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Co
 def _kept(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> int:
     """Bytes that the ranks on one GPU keep while its engine generates."""
     held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
-    return sum(held.values()) - held["engine"]
+    return sum(size for name, size in held.items() if not name.startswith("engine"))
 
 
 def _share_left(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> float:
-    """Of the GPU, beside what the ranks keep and the margin, rounded down to 0.01; may be negative."""
-    kept = _kept(config, shape, frozen_shape, gpu_memory)
-    return ((100 - MARGIN) * gpu_memory - 100 * kept) // gpu_memory / 100
+    """Of the GPU, beside all that is not the engine's share and the margin, rounded down to 0.01; may be negative."""
+    held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
+    beside = sum(held.values()) - held["engine"]
+    return ((100 - MARGIN) * gpu_memory - 100 * beside) // gpu_memory / 100
 
 
 def _cache(config: Config, shape: ModelShape, gpu_memory: int) -> int:

@@ -24,8 +24,8 @@ from rlhf.model_folder import ModelShape
 
 ACTIVATIONS = "activations of"
 # Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.
-RANK_CONTEXT = 5 * GIB // 2  # of a Megatron rank: CUDA context, kernels, NCCL's buffers, workspaces
-ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep: CUDA context, kernels, CUDA graphs
+RANK_CONTEXT = 3 * GIB  # of a Megatron rank after its first step: CUDA context, kernels, NCCL's buffers, workspaces
+ENGINE_RESIDUE = 3 * GIB // 2  # of an engine, also asleep, beside its share: CUDA context, kernels, CUDA graphs
 ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampling that vLLM profiles
 WORKER_CONTEXT = GIB // 2  # not measured: of an engine's other workers, each, on its first GPU, where they read what is pushed
 OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
@@ -72,11 +72,11 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
     others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
-    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory)} | ({"engine's contexts": others} if others else {})
+    asleep = {"sleeping engine": ENGINE_RESIDUE + others}
+    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": ENGINE_RESIDUE + others}
     if not shares_gpus(config):
         pushing = {"push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
         return {"train": train} | alone | pushing
-    asleep = {"sleeping engine": ENGINE_RESIDUE + others}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     frozen_away = set(frozen) if config.offload_model else set()
     policy_away = {"policy weights"} if config.offload_model else set()

@@ -211,9 +211,9 @@ def test_on_gpus_the_plan_shows_each_phase_and_what_would_be_refused(tmp_path):
     config = grpo(write_model(tmp_path, QWEN25_7B), max_length=1024, beta=0.0)
     small = Devices(gpus=1, gpu_name="NVIDIA H100", memory=80 * 2**30, cores=8)
     text = render(config, plan(config, dataset_rows=1, devices=small))
-    assert "Predicted peak of the fullest GPU, GiB of 80.00\n  train                        141.40  too much\n" in text
-    assert "vllm_gpu_memory_utilization 0.72, offload_optimizer true: the policy keeps 16.7 GiB of each GPU's 80.0 GiB" in text
-    assert "\nThis would be refused: phase train needs about 131.7 GiB of a GPU's 80.0 GiB (optimizer state 85.1, " in text
+    assert "Predicted peak of the fullest GPU, GiB of 80.00\n  train                        141.90  too much\n" in text
+    assert "vllm_gpu_memory_utilization 0.74, offload_optimizer true: the policy keeps 17.2 GiB of each GPU's 80.0 GiB" in text
+    assert "\nThis would be refused: phase train needs about 132.2 GiB of a GPU's 80.0 GiB (optimizer state 85.1, " in text
     fits = plan(config, dataset_rows=1, devices=replace(small, memory=160 * 2**30))
     assert fits.refusal is None and "refused" not in render(config, fits)
     assert list(plan(replace(config, task="sft"), dataset_rows=1, devices=small).peaks) == ["train"]
