@@ -15,7 +15,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.hugging_face import EXAMPLE, HuggingFaceModel
+from actors.hugging_face import EXAMPLE
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.export import _clear, export
@@ -210,17 +210,17 @@ def test_an_adapters_checkpoint_is_merged_into_the_base_that_it_records(hosts, m
     assert_equal(weights(tmp_path / "given"), weights(lora["peft"] / "merged"))
 
 
-def test_merge_lora_is_pefts_merge_also_of_adapters_that_megatron_cannot_hold(model, tmp_path):
+def test_merge_lora_is_pefts_merge_also_of_adapters_that_megatron_cannot_hold(local_ray, model, tmp_path, capsys):
     """An adapter on q_proj alone, as other programs make them: W + alpha / rank * B A."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(hugging_face(model), settings).save_pretrained(tmp_path / "adapter")
-    config = load_config(f"export --adapters {tmp_path}/adapter --merge_lora true --output_dir out".split())
+    words = f"export --adapters {tmp_path}/adapter --merge_lora true --output_dir out --test_convert_precision true"
+    config = load_config(words.split())
     assert (config.model, config.torch_dtype) == (str(model), "float32")
-    merging = HuggingFaceModel(config)
-    merging.load(config.model, config.adapters[0])
-    merging.merge(config.adapters[0], config.output_dir)
+    assert export(config) == 0
+    assert capsys.readouterr().out.count("logits in float32, ") == 2
     adapter, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), weights(model)
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
@@ -229,36 +229,6 @@ def test_merge_lora_is_pefts_merge_also_of_adapters_that_megatron_cannot_hold(mo
     assert largest_difference(weights(tmp_path / "out"), expected) <= 1e-6
     assert largest_difference(weights(tmp_path / "out"), weights(model)) > 1e-2
     assert (tmp_path / "out" / "chat_template.jinja").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tuner_type", ["full", "lora"])
-def test_the_guides_workflow(model, tmp_path, tuner_type):
-    """to_mcore; sft on the checkpoint, and on the model as it is; to_hf. Both runs end with the same weights."""
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"{i}+1="}, {"role": "assistant", "content": str(i + 1)}]}) for i in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    training = f"--dataset rows.jsonl --template_backend jinja --train_iters 2 --global_batch_size 4 --lr 1e-3 --report_to none --tuner_type {tuner_type}"
-    check = "--test_convert_precision true --torch_dtype float32"
-    output = []
-    for name, words in {
-        "to_mcore": f"export --model {model} --use_hf --to_mcore true --output_dir tiny-mcore {check}",
-        "without": f"sft --mcore_model tiny-mcore --save_safetensors false --run_name without {training}",
-        "to_hf": f"export --mcore_model runs/without/checkpoint-2 --to_hf true {check} --tensor_model_parallel_size 2",
-        "with": f"sft --model {model} --run_name with {training}",
-    }.items():
-        status, text = command.run(*words.split(), log=tmp_path / f"{name}.log")
-        assert status == 0, text
-        output.append(text)
-    assert all(text.count("logits in float32, ") == 2 for text in (output[0], output[2]))
-    losses = [[row["loss"] for row in command.metrics(tmp_path / "runs" / name)] for name in ("without", "with")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    last = tmp_path / "runs" / "with" / "checkpoint-2"
-    assert_equal(weights(tmp_path / "runs" / "without" / "checkpoint-2-hf"), weights(last if tuner_type == "full" else last / "merged"))
-    if tuner_type == "lora":
-        merge = f"export --adapters {last} --merge_lora true --test_convert_precision true"
-        status, text = command.run(*merge.split(), log=tmp_path / "merge.log")
-        assert status == 0, text
-        assert largest_difference(weights(last.with_name("checkpoint-2-merged")), weights(last / "merged")) <= 1e-6
 
 
 @pytest.mark.slow
