@@ -1,8 +1,9 @@
 """One step of a loop around real ranks, its gradients kept: they may not depend on how the batch is split.
 
 In float32 a model's own matrix products, whose order of summation follows the length of a micro batch, change the gradients of
-a loss that is linear in the logprobs by up to 1e-6 of the largest. In float64 they change them by 1e-15: the losses, which
-compute on float32 logprobs, scores and embeddings as ever, and the sums over micro batches and ranks are what is left.
+a loss that is linear in the logprobs by up to 1e-6 of the largest. In float64 they change them by 1e-15, and what is left is the
+losses, which compute on float32 logprobs, scores and embeddings as ever (distillation on float64 logits), and the sums over
+micro batches and ranks.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from rlhf.grpo import grpo_loss_of
 from rlhf.records import Group, GroupTokens, Prompt
 from tests.one_step import FLOAT64, assert_same_gradients
 from tests.policy_ranks import hugging_face, policy_config, sequence_logprobs
-from tests.tiny import make_tiny_model
 
 GROUPS, RESPONSES = 3, 4
 SPLITS = [(1, 12), (1, 6), (1, 3), (2, 6), (2, 3)]  # data ranks, responses of a micro batch: 1, 2 and 4 of them in all
@@ -31,11 +30,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "truncated": {"rollout_importance_sampling_mode": "token_truncate", "rollout_importance_sampling_threshold": 1.1},
     "masked": {"rollout_importance_sampling_mode": "sequence_mask", "rollout_importance_sampling_threshold": 1.02},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from rlhf.head_losses import classification_loss, embedding_loss, embedding_valu
 from rlhf.records import RowTokens, SequenceRef, Shard
 from tests.one_step import FLOAT64, assert_same_gradients
 from tests.policy_ranks import policy_config, random_rows
-from tests.tiny import make_tiny_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -65,18 +64,8 @@ AUTO = {"embedding": AutoModel, "pairs": AutoModel, "generative_reranker": AutoM
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def rows() -> RowTokens:
     return random_rows(SEQUENCES)
-
-
-@pytest.fixture(scope="module")
-def source(local_ray, rows):
-    return ray.put(rows)
 
 
 def config_of(model: Path, task: str, **options: Any):

@@ -13,7 +13,7 @@ from rlhf.records import RowSummary
 from rlhf.reranker import train_reranker
 from rlhf.reward_model import train_reward_model
 from tests.one_step import FLOAT64, OneStep, assert_same_gradients
-from tests.test_heads import ROWS_OF, config_of, expected, headed, model, rows, source  # noqa: F401
+from tests.test_heads import ROWS_OF, config_of, expected, headed, rows  # noqa: F401
 
 pytestmark = pytest.mark.slow
 LOOPS = {"rm": train_reward_model, "seq_cls": train_classification, "embedding": train_embedding, "pairs": train_embedding}
