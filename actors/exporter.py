@@ -10,7 +10,6 @@ import numpy as np
 
 from actors.megatron.rank import MegatronRank
 from rlhf.heads import converted_head
-from rlhf.pipeline import policy_pipeline
 from rlhf.records import RankInfo, RowTokens, SequenceRef, Shard
 
 if TYPE_CHECKING:
@@ -29,17 +28,8 @@ class Exporter(MegatronRank):
 
     def setup(self, master: str) -> RankInfo:
         """Join the group at `master` and read the model, an adapter merged into its base."""
-        config = self.config
         with self.doing("setup"):
-            self._start(
-                master,
-                model=config.model,
-                megatron=config.mcore_model,
-                tensor=config.tensor_model_parallel_size,
-                pipeline=policy_pipeline(config),
-                options=config.megatron,
-                head=converted_head(config),
-            )
+            self._start(master, head=converted_head(self.config))
             return self._info()
 
     def save_megatron(self, folder: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from actors.megatron.rank import MegatronRank
 from rlhf.config import FrozenRole
 from rlhf.heads import LANGUAGE_MODEL, SCORE
-from rlhf.pipeline import frozen_pipeline
 from rlhf.records import RankInfo
 
 
@@ -29,15 +28,7 @@ class Frozen(MegatronRank):
         config, scores = self.config, self.role == "reward_model"
         own = FrozenRole(model=config.reward_model) if scores else getattr(config, self.role)
         with self.doing("setup"):
-            self._start(
-                master,
-                model=own.model or config.model,
-                megatron=None if own.model else config.mcore_model,
-                tensor=own.tensor_model_parallel_size or config.tensor_model_parallel_size,
-                pipeline=frozen_pipeline(config, own),
-                options=config.megatron,
-                head=SCORE if scores else LANGUAGE_MODEL,
-            )
+            self._start(master, head=SCORE if scores else LANGUAGE_MODEL, role=own)
             for parameter in self.model.module.parameters():
                 parameter.requires_grad_(False)
             if self.waits:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from actors.device_memory import peak_gib
 from actors.megatron.rank import MegatronRank
 from rlhf.heads import head_of
-from rlhf.pipeline import policy_pipeline
 from rlhf.records import MicroBatch, PushReport, RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -38,15 +37,7 @@ class Policy(MegatronRank):
         """Join the group at `master`, build the model, its adapter if asked, and the optimizer."""
         config = self.config
         with self.doing("setup"):
-            self._start(
-                master,
-                model=config.model,
-                megatron=config.mcore_model,
-                tensor=config.tensor_model_parallel_size,
-                pipeline=policy_pipeline(config),
-                options=config.megatron,
-                head=head_of(config),
-            )
+            self._start(master, head=head_of(config))
             from actors.megatron.lora import add_adapter
             from actors.megatron.offload import Offload
             from actors.megatron.optimizer import prepare_training

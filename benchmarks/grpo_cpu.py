@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs")]
 os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "benchmarks")}
 
 from alone import EngineAlone, PolicyAlone, random_shards  # noqa: E402

@@ -9,14 +9,15 @@ import json
 import random
 from pathlib import Path
 
+from small_model import save_model
+
 VOCABULARY = 512
 
 
 def make_model(folder: Path) -> None:
     """Qwen3, hidden 128, 4 layers, 4 heads (2 key heads), vocabulary 512, random float32 weights; a byte-level tokenizer."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,23 +37,7 @@ def make_model(folder: Path) -> None:
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    fast.save_pretrained(folder)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    save_model(folder, fast, seed=0, vocab_size=VOCABULARY, eos_token_id=None, max_position_embeddings=2048)
 
 
 def make_prompts(path: Path, count: int = 512) -> None:

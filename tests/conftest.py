@@ -1,4 +1,4 @@
-"""What several test modules share: one Ray, and one pair of processes that have imported Megatron."""
+"""What several test modules share: one Ray, one pair of processes that have imported Megatron, a tiny model and rows for it."""
 
 from pathlib import Path
 
@@ -28,3 +28,28 @@ def hosts(local_ray):
     from tests.policy_ranks import start_hosts
 
     return start_hosts(2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The folder of a tiny model."""
+    from tests.tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What ranks train on."""
+    from tests.policy_ranks import random_rows
+    from tests.row_batch import ROWS
+
+    return random_rows(ROWS)
+
+
+@pytest.fixture(scope="module")
+def source(local_ray, rows):
+    """`rows` in the object store."""
+    import ray
+
+    return ray.put(rows)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
-SPLIT_BAR = 1.5e-6  # of the largest gradient: what splitting a batch may change, in float32; of that the model alone makes 1e-6
 STARTS = 12  # of a process before another takes its place
 
 

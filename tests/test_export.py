@@ -15,17 +15,17 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.hugging_face import EXAMPLE, HuggingFaceModel
+from actors.hugging_face import EXAMPLE
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.export import _clear, export
 from rlhf.options import load_config
 from tests.policy_ranks import hugging_face, largest_difference, nll_loss, policy_config, random_rows, shards_of
+from tests.row_batch import SPLITS, assert_same_weights, weights_of
 from tests.tiny import make_tiny_model
 
 LORA = {"tuner_type": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lr": 1e-2}
 TP2 = {"tensor_model_parallel_size": 2}
-SPLIT = [[[0, 1, 2], [3, 4], [5, 6, 7]]]
 ROWS = random_rows(8)
 TOKENS = ROWS.token_ids[0]
 
@@ -71,19 +71,10 @@ def trained(hosts, output: Path, *, model: Path, **options) -> Path:
     """A checkpoint after 2 steps, written as a run writes it."""
     group = hosts.start(policy_config(model, **options), 1)
     for _ in range(2):
-        group.train_step(shards_of(ROWS, ray.put(ROWS), SPLIT), nll_loss)
+        group.train_step(shards_of(ROWS, ray.put(ROWS), SPLITS[1]), nll_loss)
     output.mkdir()
     checkpoints = Checkpoints(output, Config(task="sft", model=str(model), **options))
     return checkpoints.save(2, SimpleNamespace(on_all=group.call), {})
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def logits_of(hf) -> np.ndarray:
@@ -101,7 +92,7 @@ def disturbed(model: Path, folder: Path) -> Path:
     folder.mkdir()
     for file in model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    changed = weights(model)
+    changed = weights_of(model)
     changed["model.layers.0.mlp.up_proj.weight"][3, 5] += 2
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -121,7 +112,7 @@ def test_to_megatron_and_back_gives_the_same_bits(hosts, tmp_path, family, optio
     writers.call("save_megatron", str(tmp_path / "mcore"))
     readers = exporter(hosts, "--mcore_model", tmp_path / "mcore", "--to_hf", *ranks.split())
     readers.call("save_hugging_face", str(tmp_path / "back"))
-    assert_equal(weights(tmp_path / "back"), weights(model))
+    assert_same_weights(weights_of(tmp_path / "back"), weights_of(model))
     hf = hugging_face(tmp_path / "back")
     token_ids = np.minimum(TOKENS, 510)
     with torch.no_grad():
@@ -140,8 +131,8 @@ def test_bfloat16_rounds_once_and_computes_in_float32_with_the_rounded_weights(h
     assert json.loads((tmp_path / "mcore" / "config.json").read_text())["dtype"] == "bfloat16"
     readers = exporter(hosts, "--mcore_model", tmp_path / "mcore", "--to_hf")
     readers.call("save_hugging_face", str(tmp_path / "back"))
-    rounded = {name: tensor.bfloat16() for name, tensor in weights(model).items()}
-    assert_equal(weights(tmp_path / "back"), rounded)
+    rounded = {name: tensor.bfloat16() for name, tensor in weights_of(model).items()}
+    assert_same_weights(weights_of(tmp_path / "back"), rounded)
     readers.call("compute_in", "float32")
     hf = hugging_face(model)
     hf.load_state_dict({name: tensor.float() for name, tensor in rounded.items()})
@@ -151,7 +142,7 @@ def test_bfloat16_rounds_once_and_computes_in_float32_with_the_rounded_weights(h
 @pytest.mark.slow
 def test_training_from_a_megatron_checkpoint_is_training_from_the_model(hosts, model, megatron):
     """Losses, gradient norms, and the weights that a float32 checkpoint gives a bfloat16 run."""
-    shards = shards_of(ROWS, ray.put(ROWS), SPLIT)
+    shards = shards_of(ROWS, ray.put(ROWS), SPLITS[1])
     for options in ({}, {"torch_dtype": "bfloat16"} | TP2):
         runs = []
         for source in ({"model": model}, {"model": megatron, "mcore_model": str(megatron)}):
@@ -163,7 +154,7 @@ def test_training_from_a_megatron_checkpoint_is_training_from_the_model(hosts, m
 
 
 def test_a_frozen_reference_starts_from_the_megatron_checkpoint_too(hosts, model, megatron):
-    shards, measured = shards_of(ROWS, ray.put(ROWS), SPLIT), []
+    shards, measured = shards_of(ROWS, ray.put(ROWS), SPLITS[1]), []
     for source in ({"model": model}, {"model": megatron, "mcore_model": str(megatron)}):
         measured.append(hosts.start(policy_config(**source), 1, frozen="reference").logprobs(shards))
     assert largest_difference(*measured) == 0
@@ -175,12 +166,12 @@ def test_a_checkpoint_without_safetensors_becomes_the_folder_it_would_have_had(h
     assert not list(without.glob("*.safetensors"))
     readers = exporter(hosts, "--mcore_model", without, "--to_hf")
     readers.call("save_hugging_face", str(tmp_path / "hf"))
-    assert_equal(weights(tmp_path / "hf"), weights(complete))
+    assert_same_weights(weights_of(tmp_path / "hf"), weights_of(complete))
     assert np.array_equal(logits_of(hugging_face(tmp_path / "hf")), logits_of(hugging_face(complete)))
     again = hosts.start(policy_config(without, mcore_model=str(without)), 1)
-    first = again.train_step(shards_of(ROWS, ray.put(ROWS), SPLIT), nll_loss)
+    first = again.train_step(shards_of(ROWS, ray.put(ROWS), SPLITS[1]), nll_loss)
     continued = hosts.start(policy_config(complete), 1)
-    assert first == continued.train_step(shards_of(ROWS, ray.put(ROWS), SPLIT), nll_loss)
+    assert first == continued.train_step(shards_of(ROWS, ray.put(ROWS), SPLITS[1]), nll_loss)
 
 
 def test_a_checkpoint_of_another_model_is_told_so(hosts, megatron, tmp_path):
@@ -199,66 +190,36 @@ def test_an_adapters_checkpoint_is_merged_into_the_base_that_it_records(hosts, m
     readers.call("save_hugging_face", str(tmp_path / "hf"))
     in_peft = PeftModel.from_pretrained(hugging_face(model), lora["peft"]).merge_and_unload()
     expected = dict(in_peft.state_dict())
-    result = weights(tmp_path / "hf")
+    result = weights_of(tmp_path / "hf")
     assert largest_difference(result, {name: expected[name] for name in result}) <= 1e-6
-    assert largest_difference(result, weights(model)) > 1e-3
+    assert largest_difference(result, weights_of(model)) > 1e-3
     assert np.abs(logits_from(readers) - logits_of(in_peft)).max() <= 1e-5
     with pytest.raises(ValueError, match=f"the base model {megatron} is a Megatron checkpoint: convert it first"):
         load_config(f"export --adapters {lora['peft']} --merge_lora true".split())
     given = exporter(hosts, "--mcore_model", lora["mcore"], "--to_hf", "--model", model)
     given.call("save_hugging_face", str(tmp_path / "given"))
-    assert_equal(weights(tmp_path / "given"), weights(lora["peft"] / "merged"))
+    assert_same_weights(weights_of(tmp_path / "given"), weights_of(lora["peft"] / "merged"))
 
 
-def test_merge_lora_is_pefts_merge_also_of_adapters_that_megatron_cannot_hold(model, tmp_path):
+def test_merge_lora_is_pefts_merge_also_of_adapters_that_megatron_cannot_hold(local_ray, model, tmp_path, capsys):
     """An adapter on q_proj alone, as other programs make them: W + alpha / rank * B A."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(hugging_face(model), settings).save_pretrained(tmp_path / "adapter")
-    config = load_config(f"export --adapters {tmp_path}/adapter --merge_lora true --output_dir out".split())
+    words = f"export --adapters {tmp_path}/adapter --merge_lora true --output_dir out --test_convert_precision true"
+    config = load_config(words.split())
     assert (config.model, config.torch_dtype) == (str(model), "float32")
-    merging = HuggingFaceModel(config)
-    merging.load(config.model, config.adapters[0])
-    merging.merge(config.adapters[0], config.output_dir)
-    adapter, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), weights(model)
+    assert export(config) == 0
+    assert capsys.readouterr().out.count("logits in float32, ") == 2
+    adapter, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), weights_of(model)
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj"
         a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         expected[f"{name}.weight"] += 6 / 4 * b @ a
-    assert largest_difference(weights(tmp_path / "out"), expected) <= 1e-6
-    assert largest_difference(weights(tmp_path / "out"), weights(model)) > 1e-2
+    assert largest_difference(weights_of(tmp_path / "out"), expected) <= 1e-6
+    assert largest_difference(weights_of(tmp_path / "out"), weights_of(model)) > 1e-2
     assert (tmp_path / "out" / "chat_template.jinja").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tuner_type", ["full", "lora"])
-def test_the_guides_workflow(model, tmp_path, tuner_type):
-    """to_mcore; sft on the checkpoint, and on the model as it is; to_hf. Both runs end with the same weights."""
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"{i}+1="}, {"role": "assistant", "content": str(i + 1)}]}) for i in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    training = f"--dataset rows.jsonl --template_backend jinja --train_iters 2 --global_batch_size 4 --lr 1e-3 --report_to none --tuner_type {tuner_type}"
-    check = "--test_convert_precision true --torch_dtype float32"
-    output = []
-    for name, words in {
-        "to_mcore": f"export --model {model} --use_hf --to_mcore true --output_dir tiny-mcore {check}",
-        "without": f"sft --mcore_model tiny-mcore --save_safetensors false --run_name without {training}",
-        "to_hf": f"export --mcore_model runs/without/checkpoint-2 --to_hf true {check} --tensor_model_parallel_size 2",
-        "with": f"sft --model {model} --run_name with {training}",
-    }.items():
-        status, text = command.run(*words.split(), log=tmp_path / f"{name}.log")
-        assert status == 0, text
-        output.append(text)
-    assert all(text.count("logits in float32, ") == 2 for text in (output[0], output[2]))
-    losses = [[row["loss"] for row in command.metrics(tmp_path / "runs" / name)] for name in ("without", "with")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    last = tmp_path / "runs" / "with" / "checkpoint-2"
-    assert_equal(weights(tmp_path / "runs" / "without" / "checkpoint-2-hf"), weights(last if tuner_type == "full" else last / "merged"))
-    if tuner_type == "lora":
-        merge = f"export --adapters {last} --merge_lora true --test_convert_precision true"
-        status, text = command.run(*merge.split(), log=tmp_path / "merge.log")
-        assert status == 0, text
-        assert largest_difference(weights(last.with_name("checkpoint-2-merged")), weights(last / "merged")) <= 1e-6
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
 from rlhf.options import load_config
 from tests.policy_ranks import largest_difference, policy_config, random_rows
-from tests.test_export import assert_equal, exporter, weights
+from tests.row_batch import assert_same_weights, weights_of
+from tests.test_export import exporter
 from tests.test_heads import LOSSES, SEQUENCES, config_of, even_split, head_shards, outputs, values_of
 from tests.tiny import make_tiny_model
 
@@ -91,7 +92,8 @@ def test_a_checkpoint_without_safetensors_is_started_from_and_converted_with_its
     without = trained(hosts, tmp_path / "without", config_of(model, task, save_safetensors=False))
     assert not list(without.glob("*.safetensors"))
     result = convert(hosts, without, tmp_path / "hf")
-    assert_equal(*({name.removeprefix("model."): tensor for name, tensor in weights(of).items()} for of in (result, complete)))
+    ours, theirs = ({name.removeprefix("model."): tensor for name, tensor in weights_of(of).items()} for of in (result, complete))
+    assert_same_weights(ours, theirs)
     assert described(result) == described(without) == described(complete)
     assert tensor_shapes(without) == tensor_shapes(complete)
     exporter(hosts, "--model", complete, "--to_mcore").call("save_megatron", str(tmp_path / "back"))
@@ -106,8 +108,8 @@ def test_an_adapter_and_the_head_trained_with_it_are_merged_into_the_base(hosts,
     complete = trained(hosts, tmp_path / "with", config_of(megatron, "rm", **lora))
     without = trained(hosts, tmp_path / "without", config_of(megatron, "rm", save_safetensors=False, **lora))
     folder = convert(hosts, without, tmp_path / "hf")
-    result, body = weights(folder), weights(model)
-    assert largest_difference(result, weights(complete / "merged")) <= 1e-6
+    result, body = weights_of(folder), weights_of(model)
+    assert largest_difference(result, weights_of(complete / "merged")) <= 1e-6
     assert largest_difference({name: body.get(name, result[name]) for name in result}, result) > 1e-3
     assert described(folder) == described(complete / "merged")
 

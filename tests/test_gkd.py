@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.losses import gkd_loss
+from tests.one_step import FLOAT64, SPLIT_BAR
 from tests.policy_ranks import as_group, hugging_face, nll_loss, policy_config, random_rows, sequence_logprobs, shards_of
 from tests.tiny import make_tiny_model
 
@@ -32,7 +33,7 @@ SPLITS = {  # data ranks, micro batches of each: rows
     (2, 2): [[[5], [3, 0]], [[1, 2], [4]]],
 }
 CASES = [(0.0, None, 0.0), (0.5, None, 0.0), (1.0, None, 0.3), (0.0, K, 0.0), (0.5, K, 0.3), (1.0, K, 0.0)]
-ALONE: dict[str, int] = {}
+ALONE: dict[str, Any] = {}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 
 
@@ -69,7 +70,7 @@ def distil(hosts, models, rows, tmp_path_factory):
     def run(
         ranks: int, micro_batches: int, student=ALONE, teacher=ALONE, *, beta=0.5, top_k=None, sft_alpha=0.0, source=None
     ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        key = (ranks, micro_batches, *student.items(), "|", *teacher.items(), beta, top_k, sft_alpha, source is None)
+        key = (ranks, micro_batches, str(student), str(teacher), beta, top_k, sft_alpha, source is None)
         if key not in done:
             refs = frozen_logits(teacher, top_k)
             folder = tmp_path_factory.mktemp("step")
@@ -171,10 +172,11 @@ def test_loss_and_gradients_equal_those_of_trl_and_ms_swift(distil, expected, be
 @pytest.mark.parametrize("top_k", [None, K])
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_gradients_do_not_depend_on_how_the_batch_is_split(distil, ranks, micro_batches, top_k):
-    metrics, gradients = distil(1, 2, top_k=top_k)
-    split_metrics, split_gradients = distil(ranks, micro_batches, top_k=top_k)
+    metrics, gradients = distil(1, 2, FLOAT64, top_k=top_k)
+    split_metrics, split_gradients = distil(ranks, micro_batches, FLOAT64, top_k=top_k)
     assert split_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
-    assert difference(split_gradients, gradients) <= 1e-6
+    assert largest(gradients) > 1e-3
+    assert difference(split_gradients, gradients) <= SPLIT_BAR
 
 
 @pytest.mark.parametrize("top_k", [None, K])

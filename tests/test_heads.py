@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from rlhf.head_losses import classification_loss, embedding_loss, embedding_values, reranker_loss, rm_loss
 from rlhf.records import RowTokens, SequenceRef, Shard
-from tests.policy_ranks import SPLIT_BAR, policy_config, random_rows
-from tests.tiny import make_tiny_model
+from tests.one_step import FLOAT64, assert_same_gradients
+from tests.policy_ranks import policy_config, random_rows
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -24,6 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
 }
+DIVIDED = ("tp2", "tp2-sp", "pp2")  # the model's layouts; "one" and "dp2" divide the batch alone
 SIZES = {"one": 1}
 SLOW = ("tp2", "pp2")  # tp2-sp is the hardest
 all_layouts = pytest.mark.parametrize(
@@ -56,25 +57,15 @@ LOSSES = {
     },
 }
 LOSSES["generative_reranker"] = LOSSES["reranker"]
-WHOLE = ("infonce", "online_contrastive")  # they compare all rows of the global batch
+LOSSES["embedding"]["infonce-mrl"] = partial(LOSSES["embedding"]["infonce"], mrl_dims={16: 1.0, 48: 0.5})
+WHOLE = ("infonce", "infonce-mrl", "online_contrastive")  # they compare all rows of the global batch
 CASES = [(task, name) for task, losses in LOSSES.items() for name in losses]
-CASES.append(("embedding", "infonce-mrl"))  # of tests/test_packed_heads.py; split otherwise, gradients differ by up to 1.4e-6
 AUTO = {"embedding": AutoModel, "pairs": AutoModel, "generative_reranker": AutoModelForCausalLM}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def rows() -> RowTokens:
     return random_rows(SEQUENCES)
-
-
-@pytest.fixture(scope="module")
-def source(local_ray, rows):
-    return ray.put(rows)
 
 
 def config_of(model: Path, task: str, **options: Any):
@@ -225,27 +216,37 @@ def expected(headed, rows):
     return found
 
 
-@all_layouts
+def batch_values_of(group: Any, shards: list[Shard], name: str) -> list[ray.ObjectRef] | None:
+    return [ray.put(part) for part in values_of(group, shards, embedding_values)] if name in WHOLE else None
+
+
+STILL = {"lr": 0.0, "weight_decay": 0.0, "clip_grad": 0.0}
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in DIVIDED])
 @pytest.mark.parametrize("task", LOSSES)
-def test_losses_and_gradients_are_those_of_hugging_face_however_the_batch_is_split(
-    hosts, headed, rows, source, expected, task, layout
-):
-    """Gradients by parameter, of ranks that hold whole ones: within SPLIT_BAR of the largest for 1, 2 and 4 micro batches."""
-    ranks = SIZES.get(layout, 2)
-    still = {"lr": 0.0, "weight_decay": 0.0, "use_distributed_optimizer": False, "clip_grad": 0.0}
-    group = hosts.start(config_of(headed[task], task, **LAYOUTS[layout], **still), ranks)
+def test_losses_and_gradients_are_those_of_hugging_face(hosts, headed, rows, source, expected, task, layout):
+    group = hosts.start(config_of(headed[task], task, **LAYOUTS[layout], **STILL), 2)
+    shards = head_shards(rows, source, task, even_split(task, 1, 2))
     for name, loss in LOSSES[task].items():
-        gradients = []
-        for micro_batches in (1, 2, 4 // group.data_size):
-            shards = head_shards(rows, source, task, even_split(task, group.data_size, micro_batches))
-            values = [ray.put(part) for part in values_of(group, shards, embedding_values)] if name in WHOLE else None
-            metrics = group.train_step(shards, loss, None, None, values)
-            assert (metrics["loss"], metrics["grad_norm"]) == pytest.approx(expected[task, name], rel=2e-5), name
-            if layout in ("one", "dp2"):
-                gradients.append(group.gradients(shards, loss, None, None, values))
-        for other in gradients[1:]:
-            largest = max(np.abs(value).max() for value in gradients[0].values())
-            assert max(np.abs(other[key] - value).max() for key, value in gradients[0].items()) <= SPLIT_BAR * largest, name
+        metrics = group.train_step(shards, loss, None, None, batch_values_of(group, shards, name))
+        assert (metrics["loss"], metrics["grad_norm"]) == pytest.approx(expected[task, name], rel=2e-5), name
+
+
+@pytest.mark.parametrize("task", LOSSES)
+def test_losses_and_gradients_do_not_depend_on_the_split(hosts, headed, rows, source, expected, task):
+    """1, 2 and 4 micro batches of one data rank, 1 and 2 of each of two: the loss and the norm are those of Hugging Face."""
+    steps: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in LOSSES[task]}
+    for ranks, micro_batches in ((1, (1, 2, 4)), (2, (1, 2))):
+        group = hosts.start(config_of(headed[task], task, **FLOAT64, **STILL), ranks)
+        for shards in (head_shards(rows, source, task, even_split(task, ranks, count)) for count in micro_batches):
+            for name, loss in LOSSES[task].items():
+                values = batch_values_of(group, shards, name)
+                metrics = group.train_step(shards, loss, None, None, values)
+                assert (metrics["loss"], metrics["grad_norm"]) == pytest.approx(expected[task, name], rel=2e-5), name
+                steps[name].append(group.gradients(shards, loss, None, None, values))
+    for gradients in steps.values():
+        assert_same_gradients(gradients)
 
 
 def adapter_loss(task: str):

@@ -11,22 +11,21 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from tests.policy_ranks import (
-    hugging_face,
-    largest_difference,
-    nll_loss,
-    policy_config,
-    random_rows,
-    sequence_logprobs,
-    shards_of,
+from tests.policy_ranks import hugging_face, largest_difference, nll_loss, policy_config, shards_of
+from tests.row_batch import (
+    ROWS,
+    SPLITS,
+    TP2_SP,
+    assert_same_weights,
+    gradient_norm,
+    hf_logprobs,
+    nll,
+    weights_of,
 )
 from tests.tiny import make_tiny_moe
 
-ROWS = 8
 EP2 = {"expert_model_parallel_size": 2}
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "ep2": EP2,
@@ -35,7 +34,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-etp2": TP2_SP | {"expert_tensor_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
 }
-SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
 
 
 @dataclass
@@ -64,26 +62,11 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return random_rows(ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(hosts, rows):
-    return ray.put(rows)
-
-
-@pytest.fixture(scope="module")
 def reference(model, rows) -> Reference:
     hf = hugging_face(model)
-    values = [sequence_logprobs(hf, ids) for ids in rows.token_ids]
-    loss = nll(rows, values)
+    loss = nll(hf, rows)
     loss.backward()
-    return Reference(
-        logprobs={100 + item: value.detach().numpy() for item, value in enumerate(values)},
-        loss=loss.item(),
-        grad_norm=norm(hf),
-    )
+    return Reference(logprobs=hf_logprobs(hf, rows), loss=loss.item(), grad_norm=gradient_norm(hf))
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +119,7 @@ def test_loss_and_gradient_norm_equal_autograd(measured, reference, layout):
 
 @all_layouts
 def test_export_of_untrained_weights_equals_the_source_exactly(measured, model, layout):
-    expected, export = weights_of(model), weights_of(measured(layout).folder / "step0")
-    assert expected.keys() == export.keys()
-    assert all(torch.equal(expected[name], export[name]) for name in expected)
+    assert_same_weights(weights_of(measured(layout).folder / "step0"), weights_of(model))
 
 
 @all_layouts
@@ -152,8 +133,7 @@ def test_two_steps_equal_those_of_one_rank(measured, layout):
 def test_training_continues_bit_for_bit_after_loading(measured, layout):
     result = measured(layout)
     assert result.again == result.second
-    expected, weights = weights_of(result.folder / "step2"), weights_of(result.folder / "again")
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    assert_same_weights(weights_of(result.folder / "again"), weights_of(result.folder / "step2"))
 
 
 def test_a_checkpoint_of_split_experts_continues_under_another_layout(hosts, model, rows, source, measured):
@@ -183,7 +163,7 @@ def test_router_losses_have_the_gradient_and_the_value_of_autograd(hosts, model,
     split = {1: [[list(range(ROWS))]], 2: [[[0, 1, 2]], [[3, 4, 5, 6, 7]]]}[group.data_size]
     metrics = group.train_step(shards_of(rows, source, split), nll_loss)
     hf = hugging_face(model)
-    loss = nll(rows, [sequence_logprobs(hf, ids) for ids in rows.token_ids])
+    loss = nll(hf, rows)
     balancing, z_loss = [], []
     total = sum(map(len, rows.token_ids))
     for (items,) in split:
@@ -193,7 +173,7 @@ def test_router_losses_have_the_gradient_and_the_value_of_autograd(hosts, model,
         balancing.append(aux.mean().item())
         z_loss.append(z.mean().item())
     loss.backward()
-    assert metrics["grad_norm"] == pytest.approx(norm(hf), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(gradient_norm(hf), rel=1e-4)
     assert metrics["load_balancing_loss"] == pytest.approx(np.mean(balancing), rel=1e-5)
     assert metrics["z_loss"] == pytest.approx(np.mean(z_loss), rel=1e-5)
 
@@ -241,7 +221,7 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert largest_difference(adapted, hf_logprobs(merged, rows)) <= 1e-5
     in_peft = PeftModel.from_pretrained(hugging_face(model), tmp_path / "step1")
     assert largest_difference(adapted, hf_logprobs(in_peft, rows)) <= 1e-5
-    adapter = load_file(tmp_path / "step1" / "adapter_model.safetensors")
+    adapter = weights_of(tmp_path / "step1", "adapter_model.safetensors")
     assert any(".experts.7.down_proj.lora_B" in name and tensor.abs().max() > 0 for name, tensor in adapter.items())
     group = hosts.start(config, size)
     group.call("load", str(tmp_path / "step1"))
@@ -288,16 +268,9 @@ def test_a_shared_expert(hosts, rows, source, tmp_path, layout):
     shards = shards_of(rows, source, SPLITS[group.data_size])
     assert largest_difference(group.logprobs(shards), hf_logprobs(hf, rows)) <= 1e-5
     group.call("save", str(tmp_path / "saved"), 0)
-    expected, export = weights_of(model), weights_of(tmp_path / "saved")
-    assert expected.keys() == export.keys()
-    assert all(torch.equal(expected[name], export[name]) for name in expected)
-    nll(rows, [sequence_logprobs(hf, ids) for ids in rows.token_ids]).backward()
-    assert group.train_step(shards, nll_loss)["grad_norm"] == pytest.approx(norm(hf), rel=1e-5)
-
-
-def nll(rows, values) -> torch.Tensor:
-    total = sum(mask.sum() for mask in rows.loss_masks)
-    return -sum((value * torch.from_numpy(mask)).sum() for value, mask in zip(values, rows.loss_masks)) / total
+    assert_same_weights(weights_of(tmp_path / "saved"), weights_of(model))
+    nll(hf, rows).backward()
+    assert group.train_step(shards, nll_loss)["grad_norm"] == pytest.approx(gradient_norm(hf), rel=1e-5)
 
 
 def zero_loss(logprobs, batch):
@@ -314,16 +287,3 @@ def router_losses(hf, rows) -> tuple[torch.Tensor, torch.Tensor]:
         aux.append(experts * (chosen.mean(0) / hf.config.num_experts_per_tok * probs.mean(0)).sum())
         z.append(logits.logsumexp(-1).square().mean())
     return torch.stack(aux), torch.stack(z)
-
-
-def norm(hf) -> float:
-    return torch.nn.utils.clip_grad_norm_(hf.parameters(), 1e9).item()
-
-
-def hf_logprobs(hf, rows) -> dict[int, np.ndarray]:
-    with torch.no_grad():
-        return {100 + item: sequence_logprobs(hf, ids).numpy() for item, ids in enumerate(rows.token_ids)}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")

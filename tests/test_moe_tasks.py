@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import torch
 
-from tests.policy_ranks import hugging_face, largest_difference, policy_config, random_rows, sequence_logprobs, shards_of
+from tests.policy_ranks import hugging_face, largest_difference, policy_config, random_rows, shards_of
+from tests.row_batch import hf_logprobs
 from tests.test_heads import (
     LOSSES,
     SEQUENCES,
@@ -42,11 +42,6 @@ def rows():
     return random_rows(SEQUENCES)
 
 
-@pytest.fixture(scope="module")
-def source(local_ray, rows):
-    return ray.put(rows)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("task", "loss"), [("rm", "rm"), ("embedding", "infonce-own")])
 def test_a_head_above_experts(hosts, model, rows, source, tmp_path, task, loss, layout):
@@ -74,7 +69,4 @@ def test_only_models_with_experts_split_them(hosts, model, rows, source, tmp_pat
     config = policy_config(folders[policy], reference=role, **(EP2 if policy == "moe" else {}))
     group = hosts.start(config, 1, frozen="reference")
     shards = shards_of(rows, source, [[[*range(6)], [*range(6, SEQUENCES)]]])
-    hf = hugging_face(folders[frozen])
-    with torch.no_grad():
-        expected = {100 + item: sequence_logprobs(hf, ids).numpy() for item, ids in enumerate(rows.token_ids)}
-    assert largest_difference(group.logprobs(shards), expected) <= 1e-5
+    assert largest_difference(group.logprobs(shards), hf_logprobs(hugging_face(folders[frozen]), rows)) <= 1e-5

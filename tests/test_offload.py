@@ -9,22 +9,16 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from tests.policy_ranks import nll_loss, policy_config, random_rows, shards_of
-from tests.tiny import make_tiny_model
+from tests.policy_ranks import nll_loss, policy_config, shards_of
+from tests.row_batch import ROWS, SPLITS
 
-ROWS, VOCABULARY = 8, 512
-SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
+VOCABULARY = 512
 LAYOUTS = {
     "dp2": {"use_distributed_optimizer": True},
     "dp2-whole-optimizer": {"use_distributed_optimizer": False},
     "tp2-bf16": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "torch_dtype": "bfloat16"},
     "tp2-lora": {"tensor_model_parallel_size": 2, "tuner_type": "lora", "lr": 1e-2},
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def host_bytes(group) -> list[int]:
@@ -35,10 +29,7 @@ def host_bytes(group) -> list[int]:
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=pytest.mark.slow) if name == "tp2-bf16" else name for name in LAYOUTS]
 )
-def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_path, layout):
-    rows = random_rows(ROWS)
-    source = ray.put(rows)
-
+def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, rows, source, tmp_path, layout):
     def run(offload: bool) -> tuple[list, dict]:
         options = {"offload_model": offload, "offload_optimizer": offload}
         group = hosts.start(policy_config(model, deterministic=True, **LAYOUTS[layout], **options), 2)
@@ -74,10 +65,9 @@ def test_a_policy_that_left_its_device_goes_on_bit_for_bit(hosts, model, tmp_pat
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}])
-def test_a_teacher_that_waits_in_host_memory_gives_the_same_logits_again_and_again(hosts, model, layout):
+def test_a_teacher_that_waits_in_host_memory_gives_the_same_logits_again_and_again(hosts, model, rows, source, layout):
     """It comes for its logits alone, also where others are let in on its device and out again."""
-    rows = random_rows(ROWS)
-    shards = shards_of(rows, ray.put(rows), SPLITS[1])
+    shards = shards_of(rows, source, SPLITS[1])
     role = SimpleNamespace(model=str(model), pipeline_model_parallel_size=None, nproc=None)
 
     def group_of(offload: bool):

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-import torch
-from safetensors.torch import load_file
 
-from tests.policy_ranks import (
-    as_group,
-    hugging_face,
-    largest_difference,
-    nan_loss,
-    nll_loss,
-    policy_config,
-    random_rows,
-    sequence_logprobs,
-    shards_of,
+from tests.policy_ranks import as_group, hugging_face, largest_difference, nan_loss, nll_loss, policy_config, shards_of
+from tests.row_batch import (
+    ROWS,
+    SPLITS,
+    TP2_SP,
+    assert_same_weights,
+    gradient_norm,
+    hf_logprobs,
+    nll,
+    weights_of,
 )
 from tests.tiny import make_tiny_model
 
-ROWS = 8
-SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+ADAPTER = "adapter_model.safetensors"
 LORA = {"tuner_type": "lora", "lora_dropout": 0.05, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_rows(ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(hosts, rows):
-    return ray.put(rows)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +44,7 @@ def from_tp2(hosts, model, rows, source, tmp_path_factory):
     [
         pytest.param({"use_distributed_optimizer": True}, id="dp2"),
         pytest.param({"pipeline_model_parallel_size": 2}, id="pp2"),
-        pytest.param({"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="tp2-sp"),
+        pytest.param(TP2_SP, id="tp2-sp"),
         pytest.param({}, id="one"),
     ],
 )
@@ -76,13 +56,10 @@ def test_a_checkpoint_continues_under_another_layout(hosts, model, rows, source,
     assert group.call("load", str(folder / "step1")) == [1] * size
     metrics = group.train_step(shards_of(rows, source, SPLITS[group.data_size]), nll_loss)
     group.call("save", str(tmp_path), 2)
-    weights, uninterrupted = (
-        load_file(tmp_path / "model.safetensors"),
-        load_file(folder / "step2" / "model.safetensors"),
-    )
+    weights, uninterrupted = weights_of(tmp_path), weights_of(folder / "step2")
     if layout == TP2_SP:
         assert metrics == expected
-        assert all(torch.equal(weights[name], uninterrupted[name]) for name in uninterrupted)
+        assert_same_weights(weights, uninterrupted)
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert largest_difference(weights, uninterrupted) <= 2e-5
 
@@ -95,14 +72,14 @@ def test_an_adapters_checkpoint_continues_under_another_layout(hosts, model, row
     group.call("save", str(tmp_path / "step1"), 1)
     steps = [group.train_step(shards, nll_loss) for _ in range(2)]
     group.call("save", str(tmp_path / "step3"), 3)
-    expected = load_file(tmp_path / "step3" / "adapter_model.safetensors")
+    expected = weights_of(tmp_path / "step3", ADAPTER)
     for layout in ({}, {"pipeline_model_parallel_size": 2}):
         group = hosts.start(policy_config(model, **options, **layout), 2 if layout else 1)
         group.call("load", str(tmp_path / "step1"))
         for step in steps:
             assert group.train_step(shards, nll_loss) == pytest.approx(step, rel=1e-4)
         group.call("save", str(tmp_path / f"again{len(layout)}"), 3)
-        assert largest_difference(load_file(tmp_path / f"again{len(layout)}" / "adapter_model.safetensors"), expected) <= 1e-4
+        assert largest_difference(weights_of(tmp_path / f"again{len(layout)}", ADAPTER), expected) <= 1e-4
 
 
 def test_saved_folder_loads_in_transformers(from_tp2, model):
@@ -110,8 +87,7 @@ def test_saved_folder_loads_in_transformers(from_tp2, model):
     from transformers import AutoTokenizer
 
     loaded = hugging_face(folder / "step2")
-    weights = load_file(folder / "step2" / "model.safetensors")
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in loaded.named_parameters())
+    assert_same_weights(dict(loaded.named_parameters()), weights_of(folder / "step2"))
     assert AutoTokenizer.from_pretrained(folder / "step2").chat_template == AutoTokenizer.from_pretrained(model).chat_template
     assert json.loads((folder / "step2" / "config.json").read_text())["dtype"] == "float32"
 
@@ -139,18 +115,14 @@ def test_lora(hosts, model, rows, source, tmp_path, layout):
     assert settings["base_model_name_or_path"] == str(model)  # what infer and eval take when only the adapter is given
     from peft import PeftModel
 
-    assert json.loads((tmp_path / "step1" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     in_peft = PeftModel.from_pretrained(hf, tmp_path / "step1")
     assert largest_difference(adapted, hf_logprobs(in_peft, rows)) <= 1e-5
 
-    group = hosts.start(
-        policy_config(model, **LORA, **layout), size
-    )  # a new policy: weights, Adam and dropout come from the file
+    group = hosts.start(policy_config(model, **LORA, **layout), size)  # weights, Adam and dropout come from the file
     assert group.call("load", str(tmp_path / "step1")) == [1] * size
     assert group.train_step(shards, nll_loss) == second
     group.call("save", str(tmp_path / "again"), 2)
-    expected, weights = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("step2", "again"))
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    assert_same_weights(*(weights_of(tmp_path / name, ADAPTER) for name in ("again", "step2")))
 
 
 def test_bfloat16_is_near_float32_and_continues_bit_for_bit(hosts, model, rows, source, tmp_path):
@@ -217,15 +189,9 @@ def test_other_vocabularies(hosts, rows, tmp_path, overrides, size, layout):
     shards = shards_of(rows, ray.put(rows), SPLITS[1])
     assert largest_difference(group.logprobs(shards), hf_logprobs(hf, rows)) <= 1e-5
     group.call("save", str(tmp_path / "saved"), 0)
-    source, export = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "saved"))
-    assert source.keys() == export.keys()
-    assert all(torch.equal(source[name], export[name]) for name in source)
-    total = sum(mask.sum() for mask in rows.loss_masks)
-    values = [sequence_logprobs(hf, ids) for ids in rows.token_ids]
-    loss = -sum((value * torch.from_numpy(mask)).sum() for value, mask in zip(values, rows.loss_masks)) / total
-    loss.backward()
-    expected = torch.nn.utils.clip_grad_norm_(hf.parameters(), 1e9).item()
-    assert group.train_step(shards, nll_loss)["grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert_same_weights(weights_of(tmp_path / "saved"), weights_of(model))
+    nll(hf, rows).backward()
+    assert group.train_step(shards, nll_loss)["grad_norm"] == pytest.approx(gradient_norm(hf), rel=1e-5)
 
 
 def test_a_frozen_reference_has_its_own_sizes(hosts, model, rows, source):
@@ -273,9 +239,6 @@ def test_a_loss_that_is_not_finite_names_the_step(hosts, model, rows, source):
         group.train_step(shards_of(rows, source, SPLITS[1]), nan_loss)
 
 
-def hf_logprobs(hf, rows) -> dict[int, np.ndarray]:
-    with torch.no_grad():
-        return {100 + item: sequence_logprobs(hf, ids).numpy() for item, ids in enumerate(rows.token_ids)}
 
 
 def assert_same(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
 
 from tests.policy_ranks import (
     hugging_face,
@@ -25,7 +24,7 @@ from tests.policy_ranks import (
     sequence_logprobs,
     shards_of,
 )
-from tests.tiny import make_tiny_model
+from tests.row_batch import assert_same_weights, weights_of
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -82,11 +81,6 @@ class Measured:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def rows():
     return random_rows(ROWS)
 
@@ -128,23 +122,23 @@ def reference(model, rows, advantages) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def measured(hosts, model, rows, advantages, reference, tmp_path_factory):
+def measured(hosts, model, rows, source, advantages, reference, tmp_path_factory):
     """`measured(layout)`: the figures of a layout, each measured once."""
     done: dict[str, Measured] = {}
 
     def get(layout: str) -> Measured:
         if layout not in done:
             folder = tmp_path_factory.mktemp(layout)
-            done[layout] = measure(hosts, layout, model, rows, advantages, reference, folder)
+            done[layout] = measure(hosts, layout, model, rows, source, advantages, reference, folder)
         return done[layout]
 
     return get
 
 
-def measure(hosts, layout, model, rows, advantages, reference, folder) -> Measured:
+def measure(hosts, layout, model, rows, source, advantages, reference, folder) -> Measured:
     config = policy_config(model, **LAYOUTS[layout])
     group = hosts.start(config, 1 if layout.startswith("one") else 2)
-    source, old, ref = ray.put(rows), [ray.put(reference.old)], [ray.put(reference.ref)]
+    old, ref = [ray.put(reference.old)], [ray.put(reference.ref)]
     split, other = (shards_of(rows, source, ways, advantages) for ways in SPLITS[group.data_size])
 
     def step(shards) -> dict[str, float]:
@@ -198,7 +192,7 @@ def test_metrics_add_up_over_micro_batches_and_ranks(measured, reference, layout
 @all_layouts
 def test_one_step_equals_torch_adamw(measured, reference, layout):
     """Adam's first step divides a gradient by its size: where that is near epsilon (1e-6) rounding of 1e-8 is seen 1000-fold."""
-    stepped = load_file(measured(layout).folder / "step1" / "model.safetensors")
+    stepped = weights_of(measured(layout).folder / "step1")
     assert largest_difference(stepped, reference.weights) <= 2e-5
     moved = max(float((reference.weights[name] - weight).abs().max()) for name, weight in stepped.items())
     assert moved <= 2e-5
@@ -206,12 +200,7 @@ def test_one_step_equals_torch_adamw(measured, reference, layout):
 
 @all_layouts
 def test_export_of_untrained_weights_equals_the_source_exactly(measured, model, layout):
-    source, export = (
-        load_file(model / "model.safetensors"),
-        load_file(measured(layout).folder / "step0" / "model.safetensors"),
-    )
-    assert source.keys() == export.keys()
-    assert all(torch.equal(source[name], export[name]) for name in source)
+    assert_same_weights(weights_of(measured(layout).folder / "step0"), weights_of(model))
 
 
 @all_layouts
@@ -225,8 +214,7 @@ def test_loss_is_unchanged_by_splitting_the_batch(measured, layout):
 def test_training_continues_bit_for_bit_after_loading(measured, layout):
     result = measured(layout)
     assert result.second_again == result.second
-    expected, weights = (load_file(result.folder / name / "model.safetensors") for name in ("step2", "again"))
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    assert_same_weights(weights_of(result.folder / "again"), weights_of(result.folder / "step2"))
 
 
 @all_layouts

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import ray
-import torch
-from safetensors.torch import load_file
 
-from tests.policy_ranks import (
-    hugging_face,
-    largest_difference,
-    nll_loss,
-    policy_config,
-    random_rows,
-    sequence_logprobs,
-    shards_of,
-)
-from tests.tiny import make_tiny_model
+from tests.policy_ranks import hugging_face, largest_difference, nll_loss, policy_config, shards_of
+from tests.row_batch import SPLITS, TP2_SP, hf_logprobs, weights_of
 
-ROWS = 8
-SPLITS = {1: [[[0, 1, 2], [3, 4], [5, 6, 7]]], 2: [[[0, 1, 2], [3]], [[4, 5], [6, 7]]]}
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 SMALL_BUCKETS = {"bucket_size": 20000}  # parameters: about a tenth of the model
 WHOLE = {"tuner_type": "lora", "lr": 1e-2, "modules_to_save": ["word_embeddings", "output_layer"]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_rows(ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(hosts, rows):
-    return ray.put(rows)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +38,7 @@ def test_overlapping_changes_no_number(hosts, model, source, rows, tmp_path, opt
     assert largest_difference(logprobs, logprobs_again) <= 1e-6
     merged = "merged" if "tuner_type" in options else "."
     for number in "23":
-        a, b = (load_file(tmp_path / name / number / merged / "model.safetensors") for name in ("plain", "overlapped"))
+        a, b = (weights_of(tmp_path / name / number / merged) for name in ("plain", "overlapped"))
         assert largest_difference(a, b) <= 1e-6
 
 
@@ -83,7 +52,7 @@ def test_weights_of_an_overlapped_gather_leave_the_device_and_are_pushed_complet
         group.call("leave_device", True)
         group.call("enter_device")
         group.call("save", str(tmp_path / name), 1)
-        saved.append(load_file(tmp_path / name / "model.safetensors"))
+        saved.append(weights_of(tmp_path / name))
     assert largest_difference(*saved) <= 1e-6
 
 
@@ -108,7 +77,7 @@ def test_modules_to_save_are_trained_whole(hosts, model, rows, source, tmp_path,
     assert second["loss"] < first["loss"]
     assert all(np.array_equal(without[key], base[key]) for key in base)
     hf = hugging_face(model)
-    merged = load_file(tmp_path / "step1" / "merged" / "model.safetensors")
+    merged = weights_of(tmp_path / "step1" / "merged")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert (merged[name] - hf.get_parameter(name)).abs().max() > 1e-3
     assert largest_difference(adapted, hf_logprobs(hugging_face(tmp_path / "step1" / "merged"), rows)) <= 1e-5
@@ -138,8 +107,3 @@ def test_continuing_without_optimizer_or_random_states(hosts, model, rows, sourc
     assert resumed["no_load_optim"][1]["loss"] != third["loss"]
     assert resumed["no_load_rng"][0]["loss"] != second["loss"]
     assert resumed["no_load_rng"][0]["lr"] == second["lr"]
-
-
-def hf_logprobs(hf, rows) -> dict[int, np.ndarray]:
-    with torch.no_grad():
-        return {100 + item: sequence_logprobs(hf, ids).numpy() for item, ids in enumerate(rows.token_ids)}

@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
-import torch
-from safetensors.torch import load_file
 
 from rlhf.config import Config, FrozenRole
 from rlhf.memory import frozen_memory, policy_memory
@@ -19,21 +16,13 @@ from rlhf.options import load_config
 from rlhf.pipeline import Pipeline
 from rlhf.resolution import resolve
 from tests.model_json import QWEN25_7B, TINY, write_model
-from tests.policy_ranks import (
-    hugging_face,
-    largest_difference,
-    nll_loss,
-    policy_config,
-    random_rows,
-    sequence_logprobs,
-    shards_of,
-)
+from tests.policy_ranks import hugging_face, largest_difference, nll_loss, policy_config, shards_of
+from tests.row_batch import SPLITS, assert_same_weights, hf_logprobs, weights_of
 from tests.tiny import make_tiny_model, make_tiny_moe
 
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FIRST = {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 2}  # 2 and 1 of 3 layers
 LAST = {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 2}  # 1 and 2
-SPLIT = [[[0, 1, 2], [3, 4], [5, 6, 7]]]
 
 
 @pytest.fixture(autouse=True)
@@ -142,11 +131,6 @@ def test_a_reference_has_the_policys_stages_unless_its_own_are_given(published):
     assert frozen_memory(replace(config, reference=one), shape).weights == 2 * 7_615_616_512
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return random_rows(8)
-
-
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -154,38 +138,31 @@ def rows():
         pytest.param(make_tiny_moe, {"moe_aux_loss_coeff": 1e-2}, id="experts", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_in_uneven_stages_equals_hugging_face_and_continues_in_others(hosts, rows, tmp_path, make, options):
+def test_a_run_in_uneven_stages_equals_hugging_face_and_continues_in_others(hosts, rows, source, tmp_path, make, options):
     """Two stages of 2 and 1 layers; then one rank, and stages of 1 and 2, go on from the first step's checkpoint."""
     model = make(tmp_path / "model", num_hidden_layers=3)
-    shards = shards_of(rows, ray.put(rows), SPLIT)
+    shards = shards_of(rows, source, SPLITS[1])
     group = hosts.start(policy_config(model, temperature=1.0, **options, **FIRST), 2)
     found = group.logprobs(shards)
     hf = hugging_face(model)
-    with torch.no_grad():
-        expected = {100 + item: sequence_logprobs(hf, ids, 1.0).numpy() for item, ids in enumerate(rows.token_ids)}
-    assert largest_difference(found, expected) <= 2e-5
+    assert largest_difference(found, hf_logprobs(hf, rows, temperature=1.0)) <= 2e-5
     group.call("save", str(tmp_path / "step0"), 0)
-    source = load_file(model / "model.safetensors")
-    exported = load_file(tmp_path / "step0" / "model.safetensors")
-    assert source.keys() == exported.keys() and all(torch.equal(source[name], exported[name]) for name in source)
+    assert_same_weights(weights_of(tmp_path / "step0"), weights_of(model))
     group.train_step(shards, nll_loss)
     group.call("save", str(tmp_path / "step1"), 1)
     second = group.train_step(shards, nll_loss)
     group.call("save", str(tmp_path / "step2"), 2)
-    weights = load_file(tmp_path / "step2" / "model.safetensors")
+    weights = weights_of(tmp_path / "step2")
     for name, layout in {"one": {}, "last": LAST}.items():
         group = hosts.start(policy_config(model, temperature=1.0, **options, **layout), 2 if layout else 1)
         group.call("load", str(tmp_path / "step1"))
         assert group.train_step(shards, nll_loss) == pytest.approx(second, rel=1e-5)
         group.call("save", str(tmp_path / name), 2)
-        assert largest_difference(load_file(tmp_path / name / "model.safetensors"), weights) <= 2e-5
+        assert largest_difference(weights_of(tmp_path / name), weights) <= 2e-5
 
 
-def test_a_reference_scores_in_uneven_stages(hosts, rows, tmp_path):
+def test_a_reference_scores_in_uneven_stages(hosts, rows, source, tmp_path):
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=3)
-    shards = shards_of(rows, ray.put(rows), SPLIT)
+    shards = shards_of(rows, source, SPLITS[1])
     group = hosts.start(policy_config(model, temperature=1.0, **LAST), 2, frozen="reference")
-    hf = hugging_face(model)
-    with torch.no_grad():
-        expected = {100 + item: sequence_logprobs(hf, ids, 1.0).numpy() for item, ids in enumerate(rows.token_ids)}
-    assert largest_difference(group.logprobs(shards), expected) <= 1e-5
+    assert largest_difference(group.logprobs(shards), hf_logprobs(hugging_face(model), rows, temperature=1.0)) <= 1e-5

@@ -16,9 +16,10 @@ import ray
 from actors.device_memory import memory_explained, peak_gib
 from actors.model_folder import require_megatron, require_model
 from actors.progress import Progress
-from rlhf.heads import LANGUAGE_MODEL, Head
+from rlhf.config import FrozenRole
+from rlhf.heads import Head
 from rlhf.model_folder import read_shape
-from rlhf.pipeline import Pipeline
+from rlhf.pipeline import frozen_pipeline
 from rlhf.records import RankInfo, Shard
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     SequenceValues = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
+OF_THE_RUN = FrozenRole()  # the model and the sizes of the policy
 MEMORY_RETURNS = 15.0  # seconds after which the driver has freed the memory of a process that died
 
 
@@ -189,34 +191,26 @@ class MegatronRank:
         """Micro batches have a multiple of this many tokens."""
         return self.model.sizes.token_multiple
 
-    def _start(
-        self,
-        master: str,
-        *,
-        model: str,
-        megatron: str | None,
-        tensor: int,
-        pipeline: Pipeline,
-        options: dict[str, Any],
-        head: Head = LANGUAGE_MODEL,
-    ) -> None:
-        """Join the group and build this rank's part of the model in the folder `model`, with this head.
+    def _start(self, master: str, *, head: Head, role: FrozenRole = OF_THE_RUN) -> None:
+        """Join the group at `master` and build this rank's part of the run's model, or of a frozen role's own, with this head.
 
-        Its weights are the safetensors there, or the Megatron checkpoint in the folder `megatron`.
+        Its weights are the safetensors in its folder, or those of the Megatron checkpoint that the run starts from.
         """
         os.environ.setdefault("TQDM_DISABLE", "1")
         from actors.megatron.parallel import ParallelSizes, start_process_group
         from actors.megatron.platform import start_platform
 
         config = self.config
+        model, megatron = role.model or config.model, None if role.model else config.mcore_model
         require_model(model)
         if megatron is not None:
             require_megatron(megatron)
         self.platform = start_platform()
+        tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
         has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
         sizes = ParallelSizes(
             tensor=tensor,
-            pipeline=pipeline,
+            pipeline=frozen_pipeline(config, role),
             sequence=config.sequence_parallel and tensor > 1,
             expert=config.expert_model_parallel_size if has_experts else 1,
             expert_tensor=config.expert_tensor_parallel_size if has_experts else 1,
@@ -235,7 +229,7 @@ class MegatronRank:
         from actors.megatron.model import build_model, split_options
         from actors.megatron.offload import Offload
 
-        self.model_options, self.optimizer_options, self.ddp_options = split_options(options)
+        self.model_options, self.optimizer_options, self.ddp_options = split_options(config.megatron)
         self.model = build_model(config, model, sizes, self.platform, self.model_options, head)
         if megatron is None:
             load_weights(self.model, Path(model))

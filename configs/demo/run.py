@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -20,37 +21,58 @@ sys.path.insert(0, str(HERE))
 from task import make_data, make_model  # noqa: E402
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """A folder with the data and a new model, and the commands that work on them."""
+
+    folder: Path
+    seed: int
+    started: float  # by time.monotonic()
+
+    def megaray(self, task: str, run: str, *options: str | Path, config: str) -> subprocess.Popen:
+        """One command, as a user types it, started. `config`: a file beside this one."""
+        given = ["--config", HERE / config, "--output_dir", self.folder, "--run_name", run]
+        given += ["--seed", self.seed, "--data_seed", self.seed]
+        command = [sys.executable, *map(str, [HERE.parent.parent / "rlhf" / "main.py", task, *given, *options])]
+        print("$ megaray", *command[2:], flush=True)
+        return subprocess.Popen(command)
+
+    def taught(self) -> Path:
+        """A checkpoint of the model after a little sft."""
+        data = self.folder / "sft.jsonl"
+        sft = self.megaray("sft", "sft", "--model", self.folder / "model", "--dataset", data, config="sft.yaml")
+        return stopped_when_taught(sft, self.folder / "sft")
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
 def main() -> None:
+    demo = begin()
+    folder, before = demo.folder, demo.taught()
+    if demo.megaray("rlhf", "grpo", "--model", before, "--dataset", folder / "grpo.jsonl", config="grpo.yaml").wait():
+        sys.exit("GRPO failed: see above")
+    after = checkpoints(folder / "grpo")[-1]
+    accuracy_before, accuracy_after = answers(folder / "held_out.jsonl", [before, after])
+    rewards = [json.loads(line)["reward"] for line in open(folder / "grpo" / "metrics.jsonl")]
+    print(
+        f"demo: reward {rewards[0]:.2f} -> {fmean(rewards[-10:]):.2f}, held-out {accuracy_before:.2f} -> {accuracy_after:.2f}, "
+        f"{len(rewards)} steps, {demo.seconds():.0f} s, checkpoint {after}, report {folder / 'grpo' / 'report.html'}"
+    )
+
+
+def begin(name: str = "") -> Demo:
+    """Read the command line; make the model and the data in a new folder, whose name begins with `name`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
-    start = time.monotonic()
-    work = arguments.output_dir.resolve() / f"seed{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    (work / "model").mkdir(parents=True)
-    make_model(work / "model", arguments.seed)
-    make_data(work, arguments.seed)
-    common = ["--output_dir", str(work), "--seed", str(arguments.seed), "--data_seed", str(arguments.seed)]
-    sft = megaray("sft", "--run_name", "sft", "--model", str(work / "model"), "--dataset", str(work / "sft.jsonl"), *common)
-    before = stopped_when_taught(sft, work / "sft")
-    grpo = megaray("rlhf", "--run_name", "grpo", "--model", str(before), "--dataset", str(work / "grpo.jsonl"), *common)
-    if grpo.wait():
-        sys.exit("GRPO failed: see above")
-    after = checkpoints(work / "grpo")[-1]
-    accuracy_before, accuracy_after = answers(work / "held_out.jsonl", [before, after])
-    rewards = [json.loads(line)["reward"] for line in open(work / "grpo" / "metrics.jsonl")]
-    print(
-        f"demo: reward {rewards[0]:.2f} -> {fmean(rewards[-10:]):.2f}, held-out {accuracy_before:.2f} -> {accuracy_after:.2f}, "
-        f"{len(rewards)} steps, {time.monotonic() - start:.0f} s, checkpoint {after}, report {work / 'grpo' / 'report.html'}"
-    )
-
-
-def megaray(task: str, *options: str, config: str | None = None) -> subprocess.Popen:
-    """One command, as a user types it, started. `config`: a file beside this one (default: that of sft, or of GRPO)."""
-    config = HERE / (config or ("sft.yaml" if task == "sft" else "grpo.yaml"))
-    command = [sys.executable, str(HERE.parent.parent / "rlhf" / "main.py"), task, "--config", str(config), *options]
-    print("$ megaray", *command[2:], flush=True)
-    return subprocess.Popen(command)
+    started = time.monotonic()
+    folder = arguments.output_dir.resolve() / f"{name}seed{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    (folder / "model").mkdir(parents=True)
+    make_model(folder / "model", arguments.seed)
+    make_data(folder, arguments.seed)
+    return Demo(folder=folder, seed=arguments.seed, started=started)
 
 
 def answers(questions: Path, folders: list[Path]) -> list[float]:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from small_model import CHAT_TEMPLATE, SPECIAL, save_model  # noqa: E402
 
 HELD_OUT_NUMBERS = 15
 HELD_OUT_SUMS = 200
 CHARACTERS = "0123456789+="
-SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def make_model(folder: Path, seed: int, *, layers: int = 4) -> None:
     """A Qwen3 model of 0.6M parameters (with 4 layers) with random weights, and its tokenizer, in Hugging Face's format."""
-    import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -33,23 +32,7 @@ def make_model(folder: Path, seed: int, *, layers: int = 4) -> None:
     tokenizer.add_special_tokens(SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<pad>")
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=vocabulary["<end>"],
-        pad_token_id=vocabulary["<pad>"],
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    save_model(folder, fast, seed=seed, num_hidden_layers=layers, max_position_embeddings=64)
 
 
 def make_data(folder: Path, seed: int) -> None:

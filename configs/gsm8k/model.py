@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from small_model import CHAT_TEMPLATE, SPECIAL, save_model  # noqa: E402
 
 VOCABULARY = 2048
 LONGEST = 2048  # tokens: more than any published solution has
-SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def main() -> None:
@@ -29,9 +29,8 @@ def main() -> None:
 
 def make_model(folder: Path, rows: Path, *, seed: int = 0) -> None:
     """A Qwen3 model of 1.1M parameters with random weights, and a byte-level BPE of the texts of `rows`, one token a digit."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,23 +43,7 @@ def make_model(folder: Path, rows: Path, *, seed: int = 0) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=LONGEST,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    save_model(folder, fast, seed=seed, vocab_size=VOCABULARY, max_position_embeddings=LONGEST)
 
 
 if __name__ == "__main__":
