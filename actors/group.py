@@ -6,6 +6,7 @@ rank last reported.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,9 +16,30 @@ import ray
 
 from rlhf.records import RankInfo, Shard
 
+FIRST_NEWS = 60.0  # seconds
+
 
 class RankFailure(RuntimeError):
     """A rank died, or did not answer before its deadline."""
+
+
+class LongWait:
+    """Tells on standard error what is waited for, and what the actors do: after a minute, two, four, and so on."""
+
+    def __init__(self, call: str, reports: Callable[[], str]):
+        self.call, self.reports = call, reports
+        self.start, self.next = time.monotonic(), FIRST_NEWS
+
+    def patience(self, left: float) -> float:
+        """Seconds to wait before `tell`, at most `left`."""
+        return max(min(left, self.start + self.next - time.monotonic()), 0)
+
+    def tell(self) -> None:
+        """When it is time."""
+        waited = time.monotonic() - self.start
+        if waited >= self.next:
+            print(f"{self.call} takes {waited:.0f} s so far:\n{self.reports()}", file=sys.stderr, flush=True)
+            self.next *= 2
 
 
 class ActorGroup:
@@ -60,9 +82,13 @@ class ActorGroup:
     def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> None:
         timeout = timeout or self.timeout
         start, waiting = time.monotonic(), list(refs)
+        news = LongWait(f"{self.role}: `{method}`", self.reports)
         while waiting:  # one by one: the first failure is raised while the other ranks may hang in a collective
             left = start + timeout - time.monotonic()
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(left, 0), fetch_local=False)
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=news.patience(left), fetch_local=False)
+            if not done and left > 0:
+                news.tell()
+                continue
             if not done:
                 ranks = [refs.index(ref) for ref in waiting]
                 raise RankFailure(

@@ -7,6 +7,7 @@ import time
 import pytest
 import ray
 
+import actors.group
 from actors.group import RankFailure, RankGroup
 
 
@@ -57,3 +58,11 @@ def test_a_rank_that_dies_is_named_while_the_others_wait_for_it(local_ray):
         group.scatter("end", [0, 1], 1)
     assert time.monotonic() - start < 60
     assert "reference rank 0: asleep for 0 s" in str(caught.value) and "rank 1: dead" in str(caught.value)
+
+
+def test_a_long_wait_says_what_it_is_for(local_ray, monkeypatch, capsys):
+    monkeypatch.setattr(actors.group, "FIRST_NEWS", 0.5)
+    ranks(0.0, 2.5).broadcast("setup", "")
+    told = re.findall(r"reference: `setup` takes (\d) s so far:\n(.*)\n(.*)\n", capsys.readouterr().err)
+    assert len(told) == 3  # after 0.5, 1 and 2 seconds
+    assert told[0][1:] == ("  reference rank 0: asleep for 0 s", "  reference rank 1: asleep for 2.5 s")
