@@ -24,11 +24,22 @@ class RankFailure(RuntimeError):
 
 
 class LongWait:
-    """Tells on standard error what is waited for, and what the actors do: after a minute, two, four, and so on."""
+    """Tells on standard error what is waited for, and what the actors do: after a minute, two, four, and so on.
+
+    Of a call that is made again and again, after twice the longest time that it took.
+    """
+
+    longest: dict[str, float] = {}  # seconds, by call
 
     def __init__(self, call: str, reports: Callable[[], str]):
         self.call, self.reports = call, reports
-        self.start, self.next = time.monotonic(), FIRST_NEWS
+        self.start, self.next = time.monotonic(), max(FIRST_NEWS, 2 * self.longest.get(call, 0.0))
+
+    def __enter__(self) -> LongWait:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.longest[self.call] = max(self.longest.get(self.call, 0.0), time.monotonic() - self.start)
 
     def patience(self, left: float) -> float:
         """Seconds to wait before `tell`, at most `left`."""
@@ -82,24 +93,22 @@ class ActorGroup:
     def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> None:
         timeout = timeout or self.timeout
         start, waiting = time.monotonic(), list(refs)
-        news = LongWait(f"{self.role}: `{method}`", self.reports)
-        while waiting:  # one by one: the first failure is raised while the other ranks may hang in a collective
-            left = start + timeout - time.monotonic()
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=news.patience(left), fetch_local=False)
-            if not done and left > 0:
+        with LongWait(f"{self.role}: `{method}`", self.reports) as news:
+            while waiting:  # one by one: the first failure is raised while the other ranks may hang in a collective
+                left = start + timeout - time.monotonic()
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=news.patience(left), fetch_local=False)
+                if not done and left <= 0:
+                    ranks = [refs.index(ref) for ref in waiting]
+                    raise RankFailure(
+                        f"{self.role} ranks {ranks} did not finish `{method}` within {timeout:.0f} s (raise call_timeout if that "
+                        f"is too short for your model). Last reports:\n{self.reports()}"
+                    )
                 news.tell()
-                continue
-            if not done:
-                ranks = [refs.index(ref) for ref in waiting]
-                raise RankFailure(
-                    f"{self.role} ranks {ranks} did not finish `{method}` within {timeout:.0f} s (raise call_timeout if that is "
-                    f"too short for your model). Last reports:\n{self.reports()}"
-                )
-            for ref in done:
-                try:
-                    ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    self._raise_for(method, error)
+                for ref in done:
+                    try:
+                        ray.get(ref)
+                    except ray.exceptions.RayError as error:
+                        self._raise_for(method, error)
         self.seconds[method] += time.monotonic() - start
 
     def _raise_for(self, method: str, error: ray.exceptions.RayError) -> None:
