@@ -112,7 +112,7 @@ def test_too_few_devices_are_one_line(local_ray, folders, options, wanted):
     config = load(*folders, "--nproc_per_node", "1", "--lmbda", "0", *options.split())
     with pytest.raises(ValueError) as caught:
         Cluster(config, policy_ranks=1, num_engines=0).__enter__()
-    end = "the cluster has 8: lower nproc_per_node, rollout.num_engines, teacher.nproc or cpus_per_rank, or add nodes"
+    end = "the cluster has 8: lower teacher.nproc or cpus_per_rank, or add nodes"
     assert str(caught.value) == f"{wanted}, {end}"
 
 
