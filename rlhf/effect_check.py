@@ -212,7 +212,7 @@ NEEDS = (
     Need(
         options="vllm_enforce_eager vllm_enable_prefix_caching vllm",
         met=lambda config: answers_prompts(config) or config.teacher.backend == "vllm",
-        lack="with lmbda 0, without seq_kd and with a teacher of Megatron's: there are no engines",
+        lack="with lmbda 0, without seq_kd and with a Megatron teacher, where there are no engines",
         give="--lmbda 0.5, --seq_kd true or --teacher.backend vllm",
     ),
 )
