@@ -23,6 +23,7 @@ from rlhf.config import Config
 from rlhf.counts import own_places, samples, teacher_engines, teacher_places, teacher_width
 from rlhf.data import DataFailure
 from rlhf.devices import find_devices
+from rlhf.fewer_places import with_less
 from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, shapes
 from rlhf.named_engines import NAMESPACE, NamedEngines, find_engines, is_offered
@@ -183,7 +184,7 @@ class Cluster:
         rank = {"CPU": config.cpus_per_rank}
         if ray.cluster_resources().get("GPU"):
             rank["GPU"] = 1
-        self._require_resources(rank, {name: sum(group) for name, group in places.items() if group})
+        self._require_resources(rank, {name: sum(group) for name, group in places.items() if group}, engines)
         bundles = [{kind: each * width for kind, each in rank.items()} for width in widths]
         name = config.rollout_name if config.task == "rollout" else ""
         self.placement = placement_group(bundles, strategy="PACK", name=name)
@@ -198,8 +199,11 @@ class Cluster:
         if max(widths) > 1:  # else every bundle will do for a rank
             self.bundles.sort(key=lambda bundle: (bundle >= self.policy_ranks) + (bundle >= self.teacher_places.start))
 
-    def _require_resources(self, rank: dict[str, float], counts: dict[str, int]) -> None:
-        """ValueError when the cluster lacks so many of what each `rank` takes, or an engine's share of them on one node."""
+    def _require_resources(self, rank: dict[str, float], counts: dict[str, int], engines: int) -> None:
+        """ValueError when the cluster lacks so many of what each `rank` takes, or an engine's share of them on one node.
+
+        `engines`: those with places of their own.
+        """
         count, widest = sum(counts.values()), {}
         if self.num_engines and self.named is None:
             widest["vllm_tensor_parallel_size"] = self.config.vllm_tensor_parallel_size
@@ -209,10 +213,9 @@ class Cluster:
             have = ray.cluster_resources().get(kind, 0)
             if have < each * count:
                 wanted = " + ".join(f"{number} {name}" for name, number in counts.items())
-                lower = ["nproc_per_node", "rollout.num_engines"] + ["teacher.nproc"] * bool(teacher_places(self.config))
                 raise ValueError(
-                    f"{wanted} need {count} x {each:g} {kind} = {each * count:g}, the cluster has {have:g}: lower "
-                    f"{', '.join(lower)} or cpus_per_rank, or add nodes"
+                    f"{wanted} need {count} x {each:g} {kind} = {each * count:g}, the cluster has {have:g}: "
+                    f"{with_less(self.config, kind, engine_places=engines)}"
                 )
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
             for name, width in widest.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 
 from rlhf.config import ALL, PAIRED, RERANKERS, Config
@@ -20,6 +20,12 @@ def policy_ranks(config: Config) -> int:
 def model_ranks(config: Config) -> int:
     """Ranks that hold one copy of the policy: TP x PP."""
     return config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+
+
+def least_ranks(config: Config) -> int:
+    """The fewest ranks that the policy can be split over as it is: one copy, whose experts are split too."""
+    experts = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+    return lcm(config.tensor_model_parallel_size, experts) * config.pipeline_model_parallel_size
 
 
 def data_ranks(config: Config) -> int:

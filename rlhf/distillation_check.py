@@ -18,10 +18,6 @@ def check_distillation(config: Config, shape: ModelShape) -> None:
         raise ValueError(f"beta {config.beta:g} of gkd must be at most 1: 0 is KL(teacher || student), 1 KL(student || teacher)")
     if config.temperature == 0:
         raise ValueError("temperature 0 leaves gkd no distributions to compare: use 1, say")
-    if config.lmbda == 1:
-        for name in ("seq_kd", "sft_alpha"):
-            if getattr(config, name):
-                raise ValueError(f"{name} is for steps on other responses than the policy's own: lmbda 1 has none")
     own = bool(teacher_places(config))
     if config.offload_teacher_model and (own or not needs_teacher(config)):
         why = "the teacher has devices of its own" if own else "with LoRA the policy itself is the teacher"

@@ -44,8 +44,6 @@ def check_width(config: Config, shape: ModelShape, width: int, option: str) -> N
 def check_rollout(config: Config, shape: ModelShape) -> None:
     """The engines of a policy that learns from its own responses. Raises ValueError."""
     check_engines(config, shape)
-    if config.vllm_mode == "server" and (config.offload_model or config.offload_optimizer):
-        raise ValueError("offload_model and offload_optimizer are for vllm_mode colocate: in server mode no GPU is shared")
     limit = config.vllm_max_model_len or shape.max_length
     if limit and config.max_length and config.max_length >= limit:
         raise ValueError(

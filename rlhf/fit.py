@@ -6,25 +6,19 @@ Where engines share the policy's GPUs, an engine gets what the policy leaves whi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
+from rlhf.changes import changed, in_words, possible_changes
 from rlhf.config import Config
-from rlhf.counts import data_ranks, frozen_group, policy_ranks, row_sequences, samples, teacher_places, teacher_width
-from rlhf.engine_check import check_width
-from rlhf.layout_check import check_layout
+from rlhf.counts import frozen_group, row_sequences, samples, teacher_places
 from rlhf.memory import GIB, engine_memory, longest_sequence, responses_at_a_time, sequence_cache
 from rlhf.model_folder import ModelShape
 from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
-from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
 
 MARGIN = 2  # per cent of a GPU that nobody is given
 MOST = 90  # per cent of a GPU that an engine gets when the user does not say
 RESPONSES = 256  # of the longest length: what a KV cache should hold before the policy may stay on the GPU
 DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
-SHORTEST = 256  # tokens: shorter sequences are not proposed
 
 
 def fit(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
@@ -74,7 +68,7 @@ def note(
     frozen = [frozen_group(config)] * stays + ["reward model"] * bool(config.reward_model)
     who = f"policy and {' and '.join(frozen)} keep" if frozen else "the policy keeps"
     text = (
-        f"{_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
+        f"{in_words(decided)}: {who} {_gib(_kept(completed, shape, frozen_shape, gpu_memory))} GiB of each GPU's "
         f"{_gib(gpu_memory)} GiB while the engine generates"
     )
     if set(decided) == {"vllm_gpu_memory_utilization"} or config.vllm_gpu_memory_utilization is not None:
@@ -175,133 +169,21 @@ def _problem(
 
 def _advice(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int, *, longest: bool = False) -> str:
     """The changes of one kind that make the run fit; without one, those that bring it nearer."""
-    _, lacking = _problem(config, shape, frozen_shape, gpu_memory, longest=longest)
+    room = shape, frozen_shape, gpu_memory
+    _, lacking = _problem(config, *room, longest=longest)
+    share = complete(replace(config, vllm_gpu_memory_utilization=None), *room).vllm_gpu_memory_utilization
     enough, nearer = [], []
-    for kind in _changes(config, shape, frozen_shape, gpu_memory):
-        trials = [_changed(config, change) for change in kind]
-        lacks = [_problem(trial, shape, frozen_shape, gpu_memory, longest=longest)[1] for trial in trials]
+    for kind in possible_changes(config, shape, frozen_shape, share=share):
+        lacks = [_problem(changed(config, change), *room, longest=longest)[1] for change in kind]
         if 0 in lacks:
-            enough.append(_words(kind[lacks.index(0)]))
+            enough.append(in_words(kind[lacks.index(0)]))
         elif lacks and lacks[0] < lacking:
-            nearer.append(_words(kind[0]))
+            nearer.append(in_words(kind[0]))
     if enough:
         return f"give {'; or '.join(enough)}"
     if nearer:
         return f"no change of one kind is enough, combine: {'; '.join(nearer)}"
     return "it takes GPUs with more memory, or a smaller model"
-
-
-def _changes(
-    config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int
-) -> Iterator[list[dict[str, Any]]]:
-    """Changes worth a try, by kind; those of a kind go further one after another."""
-    if shares_gpus(config):
-        refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
-        yield [{name: True} for name in refused] + [dict.fromkeys(refused, True)] * (len(refused) == 2)
-    own = bool(teacher_places(config))
-    if frozen_group(config) == "teacher" and not (own or config.offload_teacher_model):
-        yield [{"offload_teacher_model": True}]
-        yield [{"teacher.own_devices": True}]
-    if config.vllm_gpu_memory_utilization is not None:
-        left = complete(replace(config, vllm_gpu_memory_utilization=None), shape, frozen_shape, gpu_memory)
-        yield [{"vllm_gpu_memory_utilization": left.vllm_gpu_memory_utilization}]
-    if config.micro_batch_tokens:
-        longest = longest_sequence(config)
-        yield [{"micro_batch_tokens": max(size, longest)} for size in _halves(config.micro_batch_tokens, longest)]
-    elif config.micro_batch_size > 1:
-        yield [{"micro_batch_size": size} for size in _halves(config.micro_batch_size, 1)]
-    if config.recompute_granularity != "full":
-        yield [{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}]
-    yield [_shortened(config, length) for length in _halves(config.max_length or 0, SHORTEST)]
-    names, size = ("tensor_model_parallel_size", "nproc_per_node"), config.tensor_model_parallel_size
-    ranks = {"ranks": policy_ranks(config), "nodes": config.nnodes}
-    yield _more_tensor_ranks(shape, policy_pipeline(config), now=size, names=names, **ranks)
-    if frozen_shape and own:
-        names, role = ("teacher.tensor_model_parallel_size", "teacher.nproc"), config.teacher
-        layout, size = frozen_pipeline(config, role), teacher_width(config)
-        yield _more_tensor_ranks(frozen_shape, layout, now=size, names=names, ranks=role.nproc or 0)
-    yield _wider_engines(config, shape)
-    yield _more_expert_ranks(config, shape)
-    if not config.use_distributed_optimizer and data_ranks(config) > 1:
-        yield [{"use_distributed_optimizer": True}]
-    elif config.use_distributed_optimizer:
-        yield [{"nnodes": config.nnodes * factor} for factor in (2, 4, 8)]
-
-
-def _halves(size: int, least: int) -> list[int]:
-    """size / 2, size / 4, ... until `least` is reached."""
-    halves = []
-    while size > least:
-        size = size // 2
-        halves.append(size)
-    return halves
-
-
-def _shortened(config: Config, length: int) -> dict[str, Any]:
-    change: dict[str, Any] = {"max_length": length}
-    if config.packing:
-        change["packing_length"] = length
-    if config.vllm_max_model_len:
-        change["vllm_max_model_len"] = min(config.vllm_max_model_len, length + config.max_completion_length)
-    return change
-
-
-def _more_tensor_ranks(
-    shape: ModelShape, pipeline: Pipeline, *, now: int, ranks: int, names: tuple[str, str], nodes: int = 1
-) -> list[dict[str, Any]]:
-    """TP of 2, 4 and 8 where a model without experts divides, on as many ranks of a node as it takes; `names` of the options."""
-    changes = []
-    for tensor in () if shape.experts else (2, 4, 8):
-        try:
-            check_layout(shape, tensor, pipeline)
-        except ValueError:
-            continue
-        if tensor > now:
-            each = tensor * pipeline.size
-            changes.append(dict(zip(names, (tensor, -(-each // nodes)) if ranks % each else (tensor,))))
-    return changes
-
-
-def _wider_engines(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
-    """Engines on 2, 4 and 8 devices where that divides the model, and the policy's ranks of a node if they share those."""
-    changes = []
-    for width in (2, 4, 8):
-        change = {"vllm_tensor_parallel_size": width}
-        if not samples(config) or shares_gpus(config) and config.nproc_per_node % width:
-            continue
-        try:
-            check_width(config, shape, width, "vllm_tensor_parallel_size")
-        except ValueError:
-            continue
-        if width > config.vllm_tensor_parallel_size:
-            changes.append(change)
-    return changes
-
-
-def _more_expert_ranks(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
-    """EP of 2, 4 and 8 where it divides the experts, on as many ranks as it takes."""
-    changes = []
-    for size in (2, 4, 8):
-        if shape.experts and size > config.expert_model_parallel_size and shape.experts.count % size == 0:
-            change = {"expert_model_parallel_size": size}
-            ranks = math.lcm(size * config.expert_tensor_parallel_size, config.tensor_model_parallel_size)
-            ranks *= config.pipeline_model_parallel_size
-            if policy_ranks(config) % ranks:
-                change |= {"nproc_per_node": -(-ranks // config.nnodes)}
-            changes.append(change)
-    return changes
-
-
-def _changed(config: Config, change: dict[str, Any]) -> Config:
-    """`config` with other values of these options, of which some are the teacher's."""
-    teacher = {name.removeprefix("teacher."): value for name, value in change.items() if name.startswith("teacher.")}
-    rest = {name: value for name, value in change.items() if not name.startswith("teacher.")}
-    return replace(config, teacher=replace(config.teacher, **teacher), **rest)
-
-
-def _words(change: dict[str, Any]) -> str:
-    shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in change.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _gib(size: int) -> str:

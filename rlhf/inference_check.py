@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import INFER, Config
+from rlhf.effect_check import check_effects
 from rlhf.engine_check import check_engines
 from rlhf.engine_options import check_engine_options
 from rlhf.head_check import check_head
@@ -31,6 +32,7 @@ def check_parsed(config: Config) -> None:
         raise ValueError(f"--result_path {config.result_path} must end in {RESULTS[config.task]}{rows}")
     if "/" in config.rollout_name or not config.rollout_name:
         raise ValueError(f"rollout_name {config.rollout_name!r} is a name, without slashes")
+    check_effects(config)
 
 
 def validate(config: Config) -> None:

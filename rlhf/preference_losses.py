@@ -19,6 +19,8 @@ DPO_LOSS_TYPES = (
     "apo_zero", "apo_down", "discopop", "sft",
 )  # fmt: skip
 WHOLE_BATCH_LOSS_TYPES = ("aot", "aot_unpaired")  # they sort over all pairs of the global batch
+SMOOTHED_LOSS_TYPES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # of label_smoothing
+PLAIN_RATIO_LOSS_TYPES = ("aot", "aot_unpaired", "apo_zero", "sft")  # whatever the f-divergence, as in TRL
 F_DIVERGENCE_TYPES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
@@ -69,8 +71,8 @@ def dpo_losses(
     sft: the chosen response's negative logprob, see `chosen_nll`; needs mean_chosen_length, and `chosen` unweighted
         (without `ld_alpha`).
 
-    aot, aot_unpaired, apo_zero and sft use plain log ratios whatever the f-divergence, as in TRL. Raises ValueError for
-    an unknown loss_type or f_divergence_type and for robust with label_smoothing outside [0, 0.5).
+    PLAIN_RATIO_LOSS_TYPES use plain log ratios whatever the f-divergence. Raises ValueError for an unknown loss_type or
+    f_divergence_type and for robust with label_smoothing outside [0, 0.5).
     """
     from torch.nn.functional import logsigmoid
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts
-from rlhf.counts import samples, teacher_places
+from rlhf.counts import least_ranks, samples, teacher_places
 from rlhf.memory import longest_sequence
 from rlhf.model_folder import ModelShape
 
@@ -173,10 +172,8 @@ def default_nproc(config: Config, gpus_per_node: int) -> int:
         if text.strip().isdigit() and int(text) > 0:
             return int(text)
         raise ValueError(f"NPROC_PER_NODE={text} in the environment is not a whole number above 0")
-    experts = config.expert_model_parallel_size * config.expert_tensor_parallel_size
-    model_ranks = math.lcm(config.tensor_model_parallel_size, experts) * config.pipeline_model_parallel_size
     if not gpus_per_node:
-        return -(-model_ranks // config.nnodes)
+        return -(-least_ranks(config) // config.nnodes)
     engines = (config.rollout.num_engines or 1) * config.vllm_tensor_parallel_size
     own = sum(teacher_places(config)) + (engines if samples(config) and config.vllm_mode == "server" else 0)
     return max(gpus_per_node - own * (config.nnodes == 1), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.config import Config, LoraOptions
+from rlhf.config import Config
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape
 from rlhf.pipeline import policy_pipeline
@@ -33,8 +33,6 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError("optimizer_cpu_offload needs --use_distributed_optimizer true")
     if config.optimizer_cpu_offload and config.offload_optimizer:
         raise ValueError("give --optimizer_cpu_offload or --offload_optimizer, not both: each moves the optimizer's state")
-    if config.optimizer_offload_fraction != 1 and not config.optimizer_cpu_offload:
-        raise ValueError(f"optimizer_offload_fraction {config.optimizer_offload_fraction:g} needs --optimizer_cpu_offload true")
     if not config.finetune and config.resume_from_checkpoint is None:
         raise ValueError("--finetune false continues a run: say which, by --resume_from_checkpoint auto or a checkpoint folder")
 
@@ -52,10 +50,6 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
                 f"recompute_num_layers {unit} does not divide the {uneven[0]} layers of a rank, as recompute_method uniform needs"
             )
         return
-    given = {"recompute_method": config.recompute_method, "recompute_num_layers": config.recompute_num_layers}
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} is for recompute_granularity full, not {config.recompute_granularity}")
     choices = EXPERT_RECOMPUTE_MODULES if shape.experts else RECOMPUTE_MODULES
     for name in config.recompute_modules:
         if name not in choices:
@@ -64,10 +58,6 @@ def _check_recompute(config: Config, shape: ModelShape) -> None:
 
 def _check_lora(config: Config, shape: ModelShape) -> None:
     if config.tuner_type != "lora":
-        default = LoraOptions()
-        for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"):
-            if getattr(config, name) != getattr(default, name):
-                raise ValueError(f"{name} is for tuner_type lora, without which all weights are trained: add --tuner_type lora")
         return
     for name in config.modules_to_save:
         if name not in WHOLE_MODULES:

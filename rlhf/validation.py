@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf.config import LOSSES, Config
 from rlhf.counts import data_ranks, model_ranks, policy_ranks, samples
 from rlhf.distillation_check import check_distillation
+from rlhf.effect_check import check_effects
 from rlhf.engine_check import check_rollout, check_teacher_engines
 from rlhf.engine_options import check_engine_options
 from rlhf.expert_checks import expert_notes
@@ -40,8 +41,10 @@ def check_parsed(config: Config) -> None:
             raise ValueError("give --packing or --micro_batch_tokens, not both: each packs rows without padding")
     if config.val_dataset and config.split_dataset_ratio:
         raise ValueError("give --val_dataset or --split_dataset_ratio, not both: each says what to evaluate on")
-    if config.packing_length is not None and not config.packing:
-        raise ValueError("--packing_length needs --packing true")
+    known = LOSSES.get(config.task, ())
+    if config.loss_type not in (None, *known):
+        raise ValueError(f"loss_type {config.loss_type!r} of {config.task}: choose from {', '.join(known)}")
+    check_effects(config)
 
 
 def validate(config: Config, *, weights: bool = True) -> list[str]:
@@ -104,15 +107,6 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    known = LOSSES.get(config.task)
-    if known is None:
-        return
-    if config.loss_type not in known:
-        raise ValueError(f"loss_type {config.loss_type!r} of {config.task}: choose from {', '.join(known)}")
-    if config.f_alpha_divergence_coef != 0.5 and config.f_divergence_type != "alpha_divergence":
-        raise ValueError("f_alpha_divergence_coef needs --f_divergence_type alpha_divergence")
-    if config.discopop_tau != 0.05 and config.loss_type != "discopop":
-        raise ValueError("discopop_tau needs --loss_type discopop")
     if config.task in ("dpo", "kto") and not config.beta:
         raise ValueError(f"beta 0 would make {config.task} learn nothing: it scales the rewards; 0.1 is usual")
     if config.task == "kto" and config.loss_type == "kto" and config.global_batch_size < 2:

@@ -37,9 +37,13 @@ def gkd(models: dict[str, Path], data: Path, output: Path, name: str, **options)
     defaults = {
         "rlhf_type": "gkd", "model": models["student"], "teacher_model": models["teacher"], "dataset": data,
         "template_backend": "jinja", "output_dir": output, "run_name": name, "global_batch_size": 8, "micro_batch_size": 4,
-        "max_completion_length": 12, "max_length": 64, "vllm_max_model_len": 128, "lr": 3e-3, "vllm_enforce_eager": "true",
-        "report_to": "none", "logging_steps": 1, "cpus_per_rank": 0.5,
+        "max_length": 64, "lr": 3e-3, "report_to": "none", "logging_steps": 1, "cpus_per_rank": 0.5,
     }  # fmt: skip
+    sampled = options.get("lmbda") != 0 or "seq_kd" in options
+    if sampled:
+        defaults |= {"max_completion_length": 12, "vllm_max_model_len": 128}
+    if sampled or options.get("teacher.backend") == "vllm":
+        defaults |= {"vllm_enforce_eager": "true"}
     return ["rlhf", *(word for name, value in (defaults | options).items() for word in (f"--{name}", value))]
 
 

@@ -24,7 +24,8 @@ def greedy(rollout: RolloutEngines, prompts) -> dict[int, list[list[int]]]:
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, work, taught, tmp_path, mode):
-    words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", lr=1e-3, lr_decay_style="constant")
+    constant = {"lr": 1e-3, "lr_decay_style": "constant", "min_lr": 0}
+    words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", **constant)
     config = load_config(list(map(str, words)))
     with Cluster(config, policy_ranks=1, num_engines=1) as cluster:
         config, roles = cluster.config, build_roles(cluster, tmp_path)

@@ -40,7 +40,7 @@ def test_it_learns_through_the_death_of_an_engine_and_a_dead_rank_ends_it(gpu_ra
     """60 generations of sums; then the GPU is free again within 30 s of the death of a rank."""
     before = gpu_gib()
     folder, log = work / mode, work / f"{mode}.log"
-    options = {"vllm_mode": mode, "train_iters": 100000, "lr_decay_style": "constant"}
+    options = {"vllm_mode": mode, "train_iters": 100000, "lr_decay_style": "constant", "min_lr": 0}
     process = command.start(*demo("rlhf", taught, work, mode, **options), log=log, address=gpu_ray)
     try:
         command.wait_until(lambda: len(command.metrics(folder)) >= 5, process, log=log)
