@@ -12,7 +12,9 @@ import pytest
 
 from rlhf.checkpoint import Checkpoints, find_fault
 from rlhf.config import Config
+from rlhf.main import main
 from rlhf.run_folder import run_folder, write_args
+from tests.model_json import TINY, write_model
 
 
 class Disk:
@@ -220,6 +222,20 @@ def test_a_checkpoint_of_another_task_is_not_continued(tmp_path, asked):
     asked = folder / "checkpoint-10" if asked == "checkpoint" else asked
     with pytest.raises(ValueError, match=r"checkpoint-10 is of a run of grpo, this one is sft: .* --model .*checkpoint-10"):
         find(tmp_path, asked, task="sft")
+
+
+def test_a_refused_resumption_leaves_the_options_of_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    write_model(tmp_path / "tiny", TINY)
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    folder = saved_run(tmp_path, (10,))
+    before = (folder / "args.json").read_text()
+    options = f"--model {tmp_path}/tiny --dataset {tmp_path}/rows.jsonl --train_iters 2 --output_dir {tmp_path} --run_name run"
+    assert main(["sft", *options.split(), "--report_to", "none", "--resume_from_checkpoint", "auto"]) == 2
+    assert "checkpoint-10 is of a run of grpo, this one is sft" in capsys.readouterr().err
+    assert (folder / "args.json").read_text() == before
 
 
 def test_a_policy_that_writes_where_this_node_cannot_see_is_an_error(tmp_path):
