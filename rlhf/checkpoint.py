@@ -1,4 +1,4 @@
-"""Run folders and checkpoints: what the controller does so that a run killed at any moment can be continued.
+"""Checkpoints: what the controller does so that a run killed at any moment can be continued.
 
 A checkpoint is written as `checkpoint-N.writing`, with a manifest of the size and CRC-32 of every file, flushed to the
 disk, and only then renamed to `checkpoint-N`. So a folder of that name is complete; older ones are deleted after that.
