@@ -23,12 +23,12 @@ from actors.engine_build import build_engine, lora_request
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.sampling import sampling_params
-from actors.step_thread import StepThread, Watch
+from actors.step_thread import Held, StepThread, Watch
 from actors.weights.broadcast import leave_group
 from actors.weights.checkpoint_names import checkpoint_tensors
 from actors.weights.ledger import PushError, PushLedger
 from actors.weights.transport import for_workers
-from rlhf.records import Bucket, GroupSummary, GroupTokens
+from rlhf.records import Batch, Bucket, GroupSummary, GroupTokens
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -62,7 +62,6 @@ class RolloutEngine:
         self.offered = config
         self.progress = Progress()
         self.acknowledged: int | None = None  # the version this engine answers for
-        self.held: list[tuple[int, Callable[[], None]]] = []  # (prompt index, add its request): wait for the others
         self.thread: StepThread | None = None
         self.built = asyncio.Event()
         self.adapter: LoRARequest | None = None  # what every request asks for
@@ -102,7 +101,6 @@ class RolloutEngine:
             self._stop("another run took the engine")
 
         await self.thread.call(begin)
-        self.held.clear()
         leave_group()
         self.config = config
 
@@ -137,27 +135,23 @@ class RolloutEngine:
         prompts: Sequence[np.ndarray],
         n: int,
         version: int,
+        batch: Batch,
         sampling: Mapping[str, Any] | None = None,
-        together: int = 1,
     ) -> tuple[list[GroupSummary], *tuple[GroupTokens, ...]]:
         """Sample n responses to each prompt [P] with the weights of `version`; to be called with num_returns = prompts + 1.
 
         `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
         `sampling.OPTIONS`), and names "excluded_ids". The token that ends a response is part of it. Nothing starts before
-        `together` prompts are here; they then start between the same two steps, in the order of their indices.
+        all prompts of `batch` are here; they then start between the same two steps, in the order of their indices.
         PushError when the engine does not hold `version`.
         """
         self._require(version)
-        finished = []
+        requests = []
         for index, prompt in zip(indices, prompts):
             params = self._sampling_params(sampling, n=n, index=index)
-            add, done = self._request(prompt, params)
-            self.held.append((index, add))
-            finished.append(done)
-        if len(self.held) >= together:
-            held, self.held = sorted(self.held, key=lambda item: item[0]), []
-            self.thread.post(lambda: [add() for _, add in held])
-        outputs = await asyncio.gather(*finished)
+            requests.append(Held(index, *self._request(prompt, params)))
+        self.thread.post(lambda: self.thread.hold(requests, batch))
+        outputs = await asyncio.gather(*(request.done for request in requests))
         self._require(version)
         groups = [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)]
         return [summary for _, summary in groups], *(tokens for tokens, _ in groups)

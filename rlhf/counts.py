@@ -135,6 +135,11 @@ def row_sequences(config: Config) -> int:
     return 1
 
 
+def updates(config: Config) -> int:
+    """Optimizer steps that share a generation batch; 1 for a task without any."""
+    return config.steps_per_generation * config.num_iterations if config.task == "grpo" else 1
+
+
 def total_steps(config: Config, num_rows: int) -> int:
     """Optimizer steps of the run: num_train_epochs over the dataset's `num_rows`, else train_iters."""
     if config.num_train_epochs is None:
@@ -142,4 +147,4 @@ def total_steps(config: Config, num_rows: int) -> int:
     if config.task != "grpo":
         return ceil(config.num_train_epochs * num_rows / config.global_batch_size)
     prompts = config.generation_batch_size // config.num_generations
-    return ceil(config.num_train_epochs * num_rows / prompts) * config.steps_per_generation * config.num_iterations
+    return ceil(config.num_train_epochs * num_rows / prompts) * updates(config)

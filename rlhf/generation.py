@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError
 
-from rlhf.records import Group, Prompt
+from rlhf.records import Batch, Group, Prompt
 
 if TYPE_CHECKING:
     from rlhf.rollout import RolloutEngines
 
 MAX_PROMPTS_PER_CALL = 4
 WATCH_SECONDS = 5.0  # between looks at the policy while engines generate
+BATCH_IDS = count()
 
 
 class Call(NamedTuple):
@@ -126,26 +128,28 @@ class Generation:
             prompts = [self.waiting.popleft() for _ in range(min(self.per_call, len(self.waiting)))]
             given.append((index, prompts))
             load[index] += len(prompts)
-        together: Counter[int] = Counter()
+        sizes: Counter[int] = Counter()
         for index, prompts in given:
-            together[index] += len(prompts)
+            sizes[index] += len(prompts)
+        batches = {index: Batch(next(BATCH_IDS), size) for index, size in sizes.items()}
         for index, prompts in given:
-            self._submit(index, prompts, together=together[index])
+            self._submit(index, prompts, batches[index])
 
     def _submit_share(self, index: int) -> None:
         """All of an engine's prompts, finished ones too: what a request gets can depend on what it runs beside."""
         share = self.prompts[index :: len(self.owner.engines)]
+        batch = Batch(next(BATCH_IDS), len(share))
         for first in range(0, len(share), self.per_call):
-            self._submit(index, share[first : first + self.per_call], together=len(share))
+            self._submit(index, share[first : first + self.per_call], batch)
 
-    def _submit(self, index: int, prompts: list[Prompt], *, together: int) -> None:
+    def _submit(self, index: int, prompts: list[Prompt], batch: Batch) -> None:
         engine = self.owner.engines[index]
         summaries, *tokens = engine.generate.options(num_returns=len(prompts) + 1).remote(
             [prompt.index for prompt in prompts],
             [prompt.token_ids for prompt in prompts],
             self.n,
             self.owner.version,
+            batch,
             self.sampling,
-            together,
         )
         self.calls[summaries] = Call(index, engine, prompts, tokens, time.monotonic() + self.timeout)

@@ -15,6 +15,7 @@ from rlhf.advantages import group_advantages, has_signal
 from rlhf.batching import group_shards
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import Config
+from rlhf.counts import updates
 from rlhf.group_metrics import group_metrics
 from rlhf.losses import grpo_loss
 from rlhf.metrics import RunLog
@@ -28,14 +29,15 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
     """Optimizer steps `start` to `total`; one generation batch serves steps_per_generation x num_iterations of them."""
     policy, rollout = roles.policy, roles.rollout
     loss = grpo_loss_of(config)
-    updates = config.steps_per_generation * config.num_iterations
-    for step in range(start, total, updates):
+    shared = updates(config)
+    assert start % shared == total % shared == 0, (start, total, shared)
+    for step in range(start, total, shared):
         rollout.push(policy)
         scored = sample(config, roles, step)
         groups = [group for group, _ in scored]
         reference = reference_logprobs(config, roles, groups)
         kl_in_reward = config.kl_in_reward and reference is not None
-        old = response_logprobs(policy, groups, config) if updates > 1 or kl_in_reward else None
+        old = response_logprobs(policy, groups, config) if shared > 1 or kl_in_reward else None
         kl = response_kl(groups, old, reference) if kl_in_reward else None
         advantages = group_advantages(
             [score.rewards for _, score in scored],
@@ -50,7 +52,7 @@ def train_grpo(config: Config, roles: Roles, *, log: RunLog, checkpoints: Checkp
             for _ in range(config.num_iterations)
             for shards in batches
         ]
-        step += updates
+        step += shared
         metrics = group_metrics(scored) | {"kl": None} | over_updates(results) | rollout.metrics()
         log.step(step, metrics | {"epoch": roles.data.epoch}, scored)
         checkpoints.save_if_due(step, policy, roles.data.state() | {"weight_version": rollout.version})

@@ -13,7 +13,7 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
-    from rlhf.options import TRAINING, help_of, load_config
+    from rlhf.options import help_of, load_config
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
@@ -42,10 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        resumes = argv[0] in TRAINING
-        advice = "; --run_name NAME --resume_from_checkpoint auto goes on from the last checkpoint" if resumes else ""
-        print(f"interrupted{advice}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # training says what it has saved
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
 
 

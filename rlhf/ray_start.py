@@ -26,20 +26,21 @@ from ray._private.utils import set_kill_on_parent_death_linux
 
 ATTEMPTS = 3
 NODE_SECONDS = 60.0
+JOIN_ATTEMPTS = "3"  # of a second where a cluster refuses, of 40 s where it is silent; Ray's own 20 last up to 14 minutes
 LOCAL = "local"  # a Ray of this run's own
 
 
 def start_ray(*, address: str | None = None, **options: Any) -> str:
     """`ray.init(**options)` at `address`, or where `cluster_address` says; that address.
 
-    Tried again when its own node did not come up in Ray's fixed 30 s.
+    Tried again when its own node did not come up in Ray's fixed 30 s. Raises ValueError when a cluster cannot be joined.
     """
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a token is in use
     address = address or cluster_address()
-    if address == LOCAL:
-        options.setdefault("include_dashboard", False)
-    elif not os.environ.get("RAY_ADDRESS"):  # found on this machine; Ray uses the user's token only for what it finds itself
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if address != LOCAL:
+        _join(address, **options)
+        return address
+    options.setdefault("include_dashboard", False)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(address=address, logging_level="ERROR", **options)
@@ -142,6 +143,38 @@ def _say_gone(address: str) -> None:
     """Once, however often it is asked where to go; not on standard output, where infer's answers are."""
     text = f"the Ray cluster that `ray start` left at {address} does not answer: starting one of this run's own"
     print(text, file=sys.stderr)
+
+
+def _join(address: str, **options: Any) -> None:
+    if not os.environ.get("RAY_ADDRESS"):  # found on this machine; Ray uses the user's token only for what it finds itself
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        with _join_attempts():
+            ray.init(address=address, logging_level="ERROR", **options)
+    except ConnectionError as error:
+        raise ValueError(
+            f"the Ray cluster at {address} answers, but cannot be joined: {_reason(error)}; check that this is the port of its "
+            "head that `ray start` named (6379, not the dashboard's 8265), that this machine is one of its nodes, and that both "
+            f"have the same versions of Ray and Python and the same token; RAY_ADDRESS={LOCAL} starts a Ray of this run's own"
+        ) from error
+
+
+@contextmanager
+def _join_attempts() -> Iterator[None]:
+    """So often does Ray try to join a cluster within the block, unless the user says how often."""
+    name = "RAY_gcs_server_port_wait_time_s"  # Ray makes an attempt of each second
+    given = name in os.environ
+    os.environ.setdefault(name, JOIN_ATTEMPTS)
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
+
+
+def _reason(error: ConnectionError) -> str:
+    """In one line; Ray puts the traceback of its last attempt into the cause."""
+    return " ".join(str(error.__cause__ or error).rpartition("ray.exceptions.")[2].split())
 
 
 def _unreachable(address: str) -> OSError | None:

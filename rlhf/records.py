@@ -10,7 +10,7 @@ rewards, and plans with them (`SequenceRef`, `Shard`); only training and scoring
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,13 @@ class Prompt:
     token_ids: np.ndarray  # [P] int32
     messages: list[dict[str, Any]]  # the conversation without a trailing assistant answer
     columns: dict[str, Any]  # the dataset row's other columns (solution, ...): arguments of the reward functions
+
+
+class Batch(NamedTuple):
+    """Prompts that an engine starts between the same two steps, though several calls bring them."""
+
+    id: int  # of the controller's process, never used again
+    size: int  # prompts of all its calls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.checkpoint import run_folder
 from rlhf.config import Config
 from rlhf.records import Prompt
+from rlhf.run_folder import run_folder, write_args
 
 SECONDS = 10.0  # between two lines of progress
 T = TypeVar("T")
@@ -23,7 +23,11 @@ def result_path(config: Config) -> Path | None:
     """
     if config.result_path is None:
         suffix = {"infer": "infer.jsonl", "eval": "eval.json"}[config.task]
-        return run_folder(config) / suffix if config.dataset else None
+        if not config.dataset:
+            return None
+        folder = run_folder(config)
+        write_args(folder, config)
+        return folder / suffix
     path = Path(config.result_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewards.loading import check_config as check_rewards
-from rlhf.checkpoint import Checkpoint, Checkpoints, require_intact, run_folder
+from rlhf.checkpoint import Checkpoint, Checkpoints, require_intact
 from rlhf.config import ALL, SCORED, Config
 from rlhf.counts import policy_ranks, rollout_engines, total_steps
 from rlhf.data import DataFailure
@@ -20,6 +20,7 @@ from rlhf.fit import check_host, fit
 from rlhf.memory import shapes
 from rlhf.reporters import check_reporters
 from rlhf.results import result_path
+from rlhf.run_folder import run_folder, write_args
 from rlhf.scoring import ScoringError
 from rlhf.without_gpus import refusal_without_gpus
 
@@ -42,7 +43,11 @@ def run(config: Config) -> int:
     folder = run_folder(config)
     checkpoints = Checkpoints(folder, config)
     resumed = checkpoints.find()
-    return on_cluster(config, lambda cluster: train(cluster, folder, checkpoints, resumed))
+    write_args(folder, config)
+    try:
+        return on_cluster(config, lambda cluster: train(cluster, folder, checkpoints, resumed))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(checkpoints.left()) from None
 
 
 def _work_of(config: Config) -> Callable[[Cluster], int | None]:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoint import Checkpoints, find_fault, run_folder
+from rlhf.checkpoint import Checkpoints, find_fault
 from rlhf.config import Config
+from rlhf.main import main
+from rlhf.run_folder import run_folder, write_args
+from tests.model_json import TINY, write_model
 
 
 class Disk:
@@ -32,6 +35,7 @@ class Disk:
 
 def config(output: Path, **options) -> Config:
     run = {"task": "grpo", "model": "/models/tiny", "output_dir": str(output), "run_name": "run", "save_steps": 10}
+    run |= {"steps_per_generation": 1}
     return Config(**run | options)
 
 
@@ -39,6 +43,7 @@ def saved_run(output: Path, steps: tuple[int, ...], **options) -> Path:
     options = config(output, **options)
     folder = run_folder(options)
     checkpoints = Checkpoints(folder, options)
+    write_args(folder, options)
     for step in steps:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(f'{{"step": {step}}}\n')
@@ -119,6 +124,49 @@ def test_later_checkpoints_are_set_aside_when_an_earlier_one_is_continued(tmp_pa
     assert find(tmp_path).step == 10  # and `auto` does not go back to them
 
 
+def test_what_was_set_aside_is_deleted_once_this_course_has_saved_as_many_steps(tmp_path):
+    folder = saved_run(tmp_path, (10, 20, 30))
+    options = config(tmp_path, resume_from_checkpoint=str(folder / "checkpoint-10"), save_total_limit=2)
+
+    class Watched(Disk):
+        def on_all(self, method: str, writing: str, step: int) -> None:
+            super().on_all(method, writing, step)
+            assert f"checkpoint-{step}.replaced" in names(folder)  # the only copy of that step until the new one is complete
+
+    checkpoints = Checkpoints(run_folder(options), options)
+    checkpoints.find()
+    checkpoints.save(20, Watched(), {})
+    assert names(folder) == ["checkpoint-10", "checkpoint-20", "checkpoint-30.replaced"]
+    checkpoints = Checkpoints(folder, options)  # started again
+    checkpoints.save(30, Watched(), {})
+    assert names(folder) == ["checkpoint-20", "checkpoint-30"]
+
+
+def test_a_step_within_a_generation_is_refused_with_what_it_was_saved_with(tmp_path):
+    folder = saved_run(tmp_path, (3, 6, 12), num_iterations=3)
+    text = (
+        "checkpoint-6 is at step 6, no multiple of steps_per_generation 2 x num_iterations 2 = 4 optimizer steps a generation: "
+        "give --steps_per_generation 1 --num_iterations 3, as it was saved with"
+    )
+    with pytest.raises(ValueError, match=text):
+        find(tmp_path, folder / "checkpoint-6", steps_per_generation=2, num_iterations=2)
+    assert names(folder) == ["checkpoint-12", "checkpoint-3", "checkpoint-6"]  # none is set aside
+    assert find(tmp_path, steps_per_generation=2, num_iterations=2).step == 12
+
+
+def test_an_interrupted_run_is_told_what_it_saved_and_how_to_go_on(tmp_path):
+    options = config(tmp_path)
+    folder = run_folder(options)
+    checkpoints = Checkpoints(folder, options)
+    assert checkpoints.left() == "run run has saved no checkpoint yet"
+    checkpoints.save(10, Disk(), {})
+    assert checkpoints.left() == "run run has saved step 10: --run_name run --resume_from_checkpoint auto goes on from there"
+    weights = Checkpoints(folder, config(tmp_path, no_save_optim=True)).left()
+    assert weights == (
+        f"run run has saved step 10 without optimizer state: --model {folder}/checkpoint-10 starts a new run from its weights"
+    )
+
+
 def test_only_the_newest_are_kept_and_never_fewer_than_the_limit(tmp_path):
     options = config(tmp_path, save_total_limit=2)
     checkpoints = Checkpoints(run_folder(options), options)
@@ -176,6 +224,20 @@ def test_a_checkpoint_of_another_task_is_not_continued(tmp_path, asked):
         find(tmp_path, asked, task="sft")
 
 
+def test_a_refused_resumption_leaves_the_options_of_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    write_model(tmp_path / "tiny", TINY)
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    folder = saved_run(tmp_path, (10,))
+    before = (folder / "args.json").read_text()
+    options = f"--model {tmp_path}/tiny --dataset {tmp_path}/rows.jsonl --train_iters 2 --output_dir {tmp_path} --run_name run"
+    assert main(["sft", *options.split(), "--report_to", "none", "--resume_from_checkpoint", "auto"]) == 2
+    assert "checkpoint-10 is of a run of grpo, this one is sft" in capsys.readouterr().err
+    assert (folder / "args.json").read_text() == before
+
+
 def test_a_policy_that_writes_where_this_node_cannot_see_is_an_error(tmp_path):
     class Elsewhere(Disk):
         def on_all(self, method: str, folder: str, step: int) -> None:
@@ -207,7 +269,7 @@ def test_another_runs_checkpoint_under_a_new_name_starts_new_files_and_leaves_th
     source = saved_run(tmp_path, (10, 20))
     found = find(tmp_path, source / "checkpoint-10", run_name="branch")
     assert found.step == 10 and found.offsets == {}
-    assert names(source) == ["checkpoint-10", "checkpoint-20"] and (tmp_path / "branch" / "args.json").exists()
+    assert names(source) == ["checkpoint-10", "checkpoint-20"] and (tmp_path / "branch").is_dir()
 
 
 def test_a_checkpoint_folder_without_a_name_continues_in_its_own_run(tmp_path):
@@ -239,7 +301,9 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_the_run_folder_is_named_by_task_model_and_time_and_holds_the_options(tmp_path):
-    folder = run_folder(config(tmp_path, run_name=None))
+    options = config(tmp_path, run_name=None)
+    folder = run_folder(options)
+    write_args(folder, options)
     assert time.strftime("grpo-tiny-%Y%m%d-") in folder.name
     assert json.loads((folder / "args.json").read_text())["save_steps"] == 10
 

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from rlhf.checkpoint import Checkpoints, run_folder
+from rlhf.checkpoint import Checkpoints
+from rlhf.run_folder import run_folder
 from tests.test_checkpoint import Disk, config, find, names, saved_run
 
 

@@ -93,7 +93,7 @@ def test_sigterm_ends_a_run_with_its_processes(model, data, tmp_path):
     started = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(timeout=30) == 130
-    assert "interrupted" in log.read_text()
+    assert "interrupted: run run has saved no checkpoint yet\n" in log.read_text()
     assert psutil.wait_procs(started, timeout=30)[1] == []
 
 

@@ -1,11 +1,15 @@
 """Which cluster a run joins."""
 
+import os
+import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from rlhf import ray_start
-from rlhf.ray_start import LOCAL, cluster_address
+from rlhf.ray_start import LOCAL, cluster_address, start_ray
 
 
 @pytest.fixture
@@ -70,3 +74,19 @@ def test_the_address_of_a_dashboard_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ValueError, match="ray job submit"):
         cluster_address()
+
+
+def test_a_cluster_that_answers_and_cannot_be_joined_is_an_error_of_one_line(monkeypatch):
+    server = grpc.server(ThreadPoolExecutor(1))  # speaks what Ray speaks, and knows none of its calls
+    port = server.add_insecure_port("0.0.0.0:0")
+    server.start()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    before = dict(os.environ)
+    try:
+        with pytest.raises(ValueError) as caught:
+            start_ray(namespace="test", log_to_driver=False)
+    finally:
+        server.stop(None)
+    text = rf"the Ray cluster at [\d.]+:{port} answers, but cannot be joined: RpcError: RPC error: Method not found!; check that "
+    assert re.match(text, str(caught.value)) and "\n" not in str(caught.value)
+    assert dict(os.environ) == before

@@ -23,7 +23,7 @@ from tiny import make_tiny_model
 from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.config import Config
-from rlhf.records import Group, Prompt
+from rlhf.records import Batch, Group, Prompt
 from rlhf.rollout import RolloutEngines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -443,6 +443,30 @@ def test_the_same_requests_give_the_same_bits_whatever_the_engine_did_before(eng
     assert first == second
     responses = [response for rows, _ in first.values() for response in map(tuple, rows)]
     assert len(set(responses)) == len(responses)  # every response has a seed of its own
+
+
+def ask(engines: RolloutEngines, prompts: list[Prompt], batch: Batch) -> ray.ObjectRef:
+    """One call of the first engine; its prompts' summaries."""
+    options = engines.engines[0].generate.options(num_returns=len(prompts) + 1)
+    indices, ids = [prompt.index for prompt in prompts], [prompt.token_ids for prompt in prompts]
+    return options.remote(indices, ids, 1, engines.version, batch, {"max_completion_length": 4})[0]
+
+
+def test_a_call_that_overtakes_an_earlier_batch_starts_neither_that_one_nor_waits_for_it(engines) -> None:
+    prompts = some_prompts(6)
+    first = ask(engines, prompts[:2], Batch(-1, 4))
+    assert len(ray.get(ask(engines, prompts[4:], Batch(-2, 2)), timeout=60)) == 2
+    assert ray.wait([first], timeout=0.5)[0] == []
+    second = ask(engines, prompts[2:4], Batch(-1, 4))
+    assert [len(summaries) for summaries in ray.get([first, second], timeout=60)] == [2, 2]
+
+
+def test_a_push_drops_what_waits_for_the_rest_of_its_batch(engines, policy, models) -> None:
+    waiting = ask(engines, some_prompts(2), Batch(-3, 4))
+    assert ray.wait([waiting], timeout=0.5)[0] == []
+    push(engines, policy, models["b"])
+    with pytest.raises(RuntimeError, match=f"request dropped: version {engines.version} was pushed"):
+        ray.get(waiting, timeout=60)
 
 
 def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) -> None:

@@ -137,13 +137,14 @@ ASK = """
 import json, sys
 import ray
 from rlhf.ray_start import find_announced, start_ray
+from rlhf.records import Batch
 start_ray(address=find_announced("rollout").address, namespace="megaray", log_to_driver=False)
 import numpy as np
 engine = ray.get_actor("rollout-0", namespace="megaray")
 version = ray.get(engine.version.remote())
 prompts = [np.arange(first, first + 12, dtype=np.int32) for first in (10, 90, 200, 400)]
 sampling = {"temperature": 0.0, "max_completion_length": 16}
-(_, *tokens) = engine.generate.options(num_returns=5).remote(list(range(4)), prompts, 1, version, sampling)
+(_, *tokens) = engine.generate.options(num_returns=5).remote(list(range(4)), prompts, 1, version, Batch(-1, 4), sampling)
 print(json.dumps([version, [group.response_ids[0].tolist() for group in ray.get(tokens)]]))
 """
 

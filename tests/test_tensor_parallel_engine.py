@@ -30,6 +30,7 @@ from tiny import make_tiny_model
 
 from actors.group import ActorGroup
 from actors.rollout import ENVIRONMENT, RolloutEngine
+from rlhf.records import Batch
 from rlhf.rollout import RolloutEngines
 
 WIDE = 1  # the engine on two devices; engine 0 has one
@@ -128,7 +129,7 @@ def test_an_engine_that_slept_gets_the_weights_again_before_it_answers(wide, pol
     push(wide, policy, models["a"])
     wide.make_room(policy)
     with pytest.raises(RuntimeError, match="asked for weight version .* but has no complete push"):
-        ray.get(wide.engines[0].generate.options(num_returns=1).remote([], [], 1, wide.version))
+        ray.get(wide.engines[0].generate.options(num_returns=1).remote([], [], 1, wide.version, Batch(-1, 0)))
     assert logprob_error(hugging_face(models["a"]), list(wide.generate(some_prompts(4), n=2))) <= TOLERANCE
 
 
