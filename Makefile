@@ -25,6 +25,7 @@ test-gpu:
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 check: setup
 	$(BIN)/megaray check

@@ -85,9 +85,7 @@ def _is_trained(message: dict[str, Any], loss_scale: Any, *, after_last_user: bo
     return loss_scale.base_strategy != "last_round" or after_last_user
 
 
-def _answer_pieces(
-    text: str, message: dict[str, Any], query: dict[str, Any] | None, loss_scale: Any
-) -> list[tuple[str, float]]:
+def _answer_pieces(text: str, message: dict[str, Any], query: dict[str, Any] | None, loss_scale: Any) -> list[tuple[str, float]]:
     if message.get("loss_scale") is not None:
         return [(text, float(message["loss_scale"]))]
     texts, weights = loss_scale.get_loss_scale(text, query=query["content"] if query else "")

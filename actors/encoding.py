@@ -209,8 +209,7 @@ class Encoder:
             return None
         if long and self.strategy == "raise":
             raise ValueError(
-                f"{len(ids)} tokens are more than max_length {self.limit}: raise it, or set truncation_strategy to "
-                "left or delete"
+                f"{len(ids)} tokens are more than max_length {self.limit}: raise it, or set truncation_strategy to left or delete"
             )
         part = slice(len(ids) - self.limit, None) if self.strategy == "left" else slice(None, self.limit)
         if long:

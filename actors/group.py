@@ -45,6 +45,17 @@ class LongWait:
         """Seconds to wait before `tell`, at most `left`."""
         return max(min(left, self.start + self.next - time.monotonic()), 0)
 
+    def get(self, ref: ray.ObjectRef, deadline: float) -> Any:
+        """The value; ray's GetTimeoutError at `deadline`, on time.monotonic()'s clock."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return ray.get(ref, timeout=self.patience(left))
+            except ray.exceptions.GetTimeoutError:
+                if left <= 0:
+                    raise
+                self.tell()
+
     def tell(self) -> None:
         """When it is time."""
         waited = time.monotonic() - self.start

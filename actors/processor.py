@@ -39,8 +39,7 @@ def load_processor(config: Any) -> Any:
         if len(fitting) > 1:
             if model.get("model_type") not in fitting:
                 raise ValueError(
-                    f"{config.model} may be one of ms-swift's model types {', '.join(fitting)}: say which, with "
-                    "--model_type"
+                    f"{config.model} may be one of ms-swift's model types {', '.join(fitting)}: say which, with --model_type"
                 )
             model_type = model["model_type"]
     return get_processor(config.model, model_type=model_type, use_hf=config.use_hf, download_model=False)

@@ -61,9 +61,7 @@ class TeacherEngine:
         """
         assert not reference, "an engine has no adapter to disable"
         sources = ray.get(list(shard.sources))
-        sequences = {
-            ref.key: sources[ref.source].sequence(ref.item)[:2] for batch in shard.micro_batches for ref in batch
-        }
+        sequences = {ref.key: sources[ref.source].sequence(ref.item)[:2] for batch in shard.micro_batches for ref in batch}
         with self.progress.doing(f"the logits of {len(sequences)} sequences"):
             kept = self._likeliest(sequences, top_k, vocab_size, top_k)
             lacking = {key: sequences[key] for key, found in kept.items() if found is None}

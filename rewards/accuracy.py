@@ -82,9 +82,7 @@ def _untagged() -> Any:
     from math_verify import LatexExtractionConfig
 
     normalization = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed=True, units=True)
-    return LatexExtractionConfig(
-        normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False
-    )
+    return LatexExtractionConfig(normalization_config=normalization, boxed_match_priority=0, try_extract_without_anchor=False)
 
 
 def _seconds() -> int | None:

@@ -35,17 +35,14 @@ BUILT_IN = {  # name, also of the file here: the function or class in it
 IMPORT_SECONDS = 60  # for all plug-ins together
 
 
-def check(
-    reward_funcs: Sequence[str], external_plugins: Sequence[str] = (), *, seconds: float = IMPORT_SECONDS
-) -> None:
+def check(reward_funcs: Sequence[str], external_plugins: Sequence[str] = (), *, seconds: float = IMPORT_SECONDS) -> None:
     """Raise a one-line ValueError if a name is unknown or a plug-in does not import within `seconds`.
 
     Plug-ins are imported in a process of their own.
     """
     if not reward_funcs:
         raise ValueError(
-            f"no reward function: give --reward_funcs, one or more of {', '.join(BUILT_IN)}, "
-            "or names from --external_plugins"
+            f"no reward function: give --reward_funcs, one or more of {', '.join(BUILT_IN)}, or names from --external_plugins"
         )
     for name in reward_funcs:
         if list(reward_funcs).count(name) > 1:

@@ -68,9 +68,7 @@ def make_shards(
             for position in positions:
                 for sequence in units[position]:
                     here = used.setdefault(sequence.source, len(used))
-                    micro_batch.append(
-                        replace(sequence, source=here, weight=0.0 if position in seen else sequence.weight)
-                    )
+                    micro_batch.append(replace(sequence, source=here, weight=0.0 if position in seen else sequence.weight))
                 seen.add(position)
             micro_batches.append(tuple(micro_batch))
         shards.append(
@@ -130,8 +128,7 @@ def group_shards(
         chosen = [(int(key), *responses[key]) for key in part]
         counts = [groups[g].response_lengths[item] for _, g, item in chosen]
         counted = [
-            advantages[g][item] is not None
-            and not (config.overlong_filter and groups[g].finish_reasons[item] == "length")
+            advantages[g][item] is not None and not (config.overlong_filter and groups[g].finish_reasons[item] == "length")
             for _, g, item in chosen
         ]
         weights = token_weights(config.loss_type, counts, counted, max_completion_length=config.max_completion_length)

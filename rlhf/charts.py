@@ -195,8 +195,7 @@ def _frame(x: Axis, y: Axis) -> str:
         )
     for tick in x.ticks:
         parts.append(
-            f'<text x="{x.at(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" class="tick">'
-            f"{tick:,.0f}</text>"
+            f'<text x="{x.at(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle" class="tick">{tick:,.0f}</text>'
         )
     if exponent:
         power = str(exponent).translate(SUPERSCRIPTS)

@@ -149,9 +149,7 @@ def cuda_rows(devices: Devices, probe: dict[str, Any]) -> list[Row]:
         return [Row(name="CUDA", found=probe["cuda"] or "-", wanted="-", state="not needed without a GPU")]
     seen = f"{probe['cuda'] or 'CPU build'}, {probe['gpus']} GPUs"
     good = probe["gpus"] == devices.gpus
-    mend = (
-        "" if good else f"{sys.executable} -m pip install --force-reinstall torch   # a CUDA build that fits the driver"
-    )
+    mend = "" if good else f"{sys.executable} -m pip install --force-reinstall torch   # a CUDA build that fits the driver"
     rows = [Row(name="CUDA", found=seen, wanted=f"{devices.gpus} GPUs", state="ok" if good else "wrong", mend=mend)]
     broken = probe.get("transformer_engine")
     if broken and installed_version("transformer-engine"):
@@ -191,9 +189,7 @@ def render(rows: Sequence[Row], devices: Devices) -> str:
     table = [("", "found", "wanted", "")] + [(row.name, row.found, row.wanted, row.state) for row in rows]
     widths = [max(len(line[column]) for line in table if len(line[column]) < 40) for column in range(3)]
     lines = [devices.name]
-    lines += [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[3]]).rstrip() for line in table
-    ]
+    lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[3]]).rstrip() for line in table]
     for title, failing in (("to mend:", True), ("if wanted:", False)):
         chosen = [row for row in rows if row.mend and row.fails is failing]
         if chosen:

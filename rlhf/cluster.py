@@ -220,9 +220,7 @@ class Cluster:
             most = max(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
             for name, width in widest.items():
                 if most < each * width:
-                    raise ValueError(
-                        f"{name} {width} needs {each * width:g} {kind} on one node, no node has more than {most:g}"
-                    )
+                    raise ValueError(f"{name} {width} needs {each * width:g} {kind} on one node, no node has more than {most:g}")
 
     def _fit(self) -> None:
         """Complete the config with what depends on the GPUs' memory. ValueError when the run cannot fit them."""

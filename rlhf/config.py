@@ -24,9 +24,7 @@ INFER = ("infer", "eval")  # tasks that answer with a model as it is
 EXPORT = ("export",)
 ANSWERING = (*SAMPLED, *INFER)  # tasks with responses
 ENGINES = (*ANSWERING, "rollout")  # tasks with rollout engines
-TrainingTask = Literal[
-    "pt", "sft", "dpo", "kto", "rm", "gkd", "grpo", "seq_cls", "reranker", "generative_reranker", "embedding"
-]
+TrainingTask = Literal["pt", "sft", "dpo", "kto", "rm", "gkd", "grpo", "seq_cls", "reranker", "generative_reranker", "embedding"]
 Task = Literal[TrainingTask, "infer", "eval", "rollout", "export"]
 ALL: tuple[TrainingTask, ...] = get_args(TrainingTask)  # tasks that train
 EVERY: tuple[Task, ...] = get_args(Task)
@@ -145,7 +143,8 @@ class ModelOptions:
     model: str | None = option(None, "model folder, or hub id", tasks=EVERY)
     mcore_model: str | None = common(None, "folder with a Megatron checkpoint of the model, instead of model")
     adapters: list[str] = option(
-        [], "infer, eval: a LoRA checkpoint, whose base is taken unless model is given; export: an adapter for merge_lora",
+        [],
+        "infer, eval: a LoRA checkpoint, whose base is taken unless model is given; export: an adapter for merge_lora",
         tasks=(*INFER, *EXPORT),
     )
     use_hf: bool = option(False, "take hub ids from Hugging Face (otherwise ModelScope)", tasks=EVERY)
@@ -173,12 +172,14 @@ class DataOptions:
         None, "rows longer than max_length are dropped or cut (default: left for grpo, infer, eval; delete otherwise)"
     )
     loss_scale: str | None = option(
-        None, "which tokens are trained: default, last_round, all, ... (default: sft: default; pt: all; else last_round)",
+        None,
+        "which tokens are trained: default, last_round, all, ... (default: sft: default; pt: all; else last_round)",
         tasks=TEXTS,
     )
     packing: bool = option(
-        False, "put rows into packs of packing_length tokens, once; batch sizes then count packs (where responses are sampled: "
-        "micro_batch_tokens is packing_length x micro_batch_size, and batch sizes count responses)"
+        False,
+        "put rows into packs of packing_length tokens, once; batch sizes then count packs (where responses are sampled: "
+        "micro_batch_tokens is packing_length x micro_batch_size, and batch sizes count responses)",
     )
     packing_length: int | None = option(
         None, "tokens of one pack; a longer row is one alone (default: max_length, with responses: of both)", least=1
@@ -216,9 +217,7 @@ class ParallelOptions:
     )
     cpus_per_rank: float = own(1, "CPU cores reserved for a rank or engine without GPUs", tasks=EVERY, above=0)
     call_timeout: float = own(1800, "seconds until an unanswered call ends the run", tasks=EVERY, above=0)
-    deterministic: bool = own(
-        False, "fixed order of requests and seed of each: reruns are equal bit for bit", tasks=RUNNING
-    )
+    deterministic: bool = own(False, "fixed order of requests and seed of each: reruns are equal bit for bit", tasks=RUNNING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +278,7 @@ class OptimizerOptions:
 
     lr: float | None = option(None, "learning rate (default: 1e-5, with lora 1e-4)", least=0)
     min_lr: float = option(0, "learning rate at the end of its decay", least=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option(
-        "cosine", "shape of the decay"
-    )
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option("cosine", "shape of the decay")
     lr_warmup_iters: int = option(0, "steps of linear warm-up", least=0)
     lr_warmup_fraction: float | None = option(None, "warm-up as a fraction of train_iters", least=0, most=1)
     weight_decay: float = option(0.1, "decoupled weight decay", least=0)
@@ -316,16 +313,16 @@ class PreferenceOptions:
         tasks=tuple(LOSSES),
     )
     beta: float | None = option(
-        None, "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference"
+        None,
+        "grpo: weight of the KL penalty, 0: no reference model; dpo, kto: how near the policy stays to the reference"
         "; gkd: 0 is KL(teacher || student), 1 KL(student || teacher) (default: grpo 0.04, gkd 0.5, else 0.1)",
-        tasks=(*REFERRED, "gkd"), least=0,
+        tasks=(*REFERRED, "gkd"),
+        least=0,
     )
     label_smoothing: float = dpo(0.0, "share of pairs whose preference is wrong", least=0, most=0.5)
     reference_free: bool = dpo(False, "no reference model: its logprobs count as 0")
     rpo_alpha: float | None = dpo(None, "weight of the chosen response's cross entropy beside the loss", least=0)
-    ld_alpha: float | None = dpo(
-        None, "weight of the tokens beyond the shorter response of a pair (default: 1)", least=0, most=1
-    )
+    ld_alpha: float | None = dpo(None, "weight of the tokens beyond the shorter response of a pair (default: 1)", least=0, most=1)
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = dpo(
         "reverse_kl", "divergence from the reference"
     )
@@ -346,7 +343,8 @@ class HeadOptions:
         None, "what labels are (default: the model's own; else with 1 label regression, with more single_label_classification)"
     )
     mrl_dims: dict[int, float] | None = option(
-        None, 'weights of losses on embeddings cut to so many numbers, {"64": 1, "256": 0.5} (default: on whole ones alone)',
+        None,
+        'weights of losses on embeddings cut to so many numbers, {"64": 1, "256": 0.5} (default: on whole ones alone)',
         tasks=("embedding",),
     )
     center_rewards_coefficient: float | None = option(
@@ -383,15 +381,13 @@ class GrpoOptions:
     scale_rewards: Literal["group", "batch", "none"] | None = grpo(
         None, "what advantages are divided by (default: group; rloo: none; reinforce_plus_plus: batch)"
     )
-    kl_in_reward: bool | None = grpo(
-        None, "KL in the reward, not the loss (default: false; rloo, reinforce_plus_plus: true)"
-    )
+    kl_in_reward: bool | None = grpo(None, "KL in the reward, not the loss (default: false; rloo, reinforce_plus_plus: true)")
     dynamic_sample: bool = grpo(False, "replace groups whose rewards are all equal")
     max_resample_times: int = grpo(3, "rounds of dynamic_sample", least=0)
     overlong_filter: bool = grpo(False, "do not train on responses cut at max_completion_length")
-    rollout_importance_sampling_mode: (
-        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
-    ) = grpo(None, "corrects for the rollout engine's numerics (default: off)")
+    rollout_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = grpo(
+        None, "corrects for the rollout engine's numerics (default: off)"
+    )
     rollout_importance_sampling_threshold: float = grpo(2.0, "cap of the correction", above=0)
 
 
@@ -433,7 +429,9 @@ class SamplingOptions:
     stop_words: list[str] = answers([], "strings that end a response")
     vllm_mode: Literal["colocate", "server"] = sampled("colocate", "share the policy's devices, or have their own")
     rollout_name: str = option(
-        "rollout", "of the engines that `megaray rollout` starts, and vllm_mode server uses", tasks=(*SAMPLED, "rollout"),
+        "rollout",
+        "of the engines that `megaray rollout` starts, and vllm_mode server uses",
+        tasks=(*SAMPLED, "rollout"),
         own=True,
     )
     infer_backend: Literal["vllm"] = option("vllm", "who generates", tasks=(*INFER, "rollout"))
@@ -462,7 +460,8 @@ class OutputOptions:
     """Checkpoints and logs"""
 
     output_dir: str | None = option(
-        None, "holds one folder a run (default: runs); export: what is written (default: the source's name-mcore, -hf, -merged)",
+        None,
+        "holds one folder a run (default: runs); export: what is written (default: the source's name-mcore, -hf, -merged)",
         tasks=(*READING, *EXPORT),
     )
     run_name: str | None = own(None, "folder under output_dir (default: task, model and time)", tasks=READING)

@@ -110,9 +110,7 @@ class _Stream:
         call = f"`{self.method}` at position {self.position}"
         done, _ = ray.wait(refs, num_returns=len(refs), timeout=self.timeout, fetch_local=False)
         if len(done) < len(refs):
-            raise DataFailure(
-                f"the data worker did not finish {call} within {self.timeout:.0f} s; it reports: {self._report()}"
-            )
+            raise DataFailure(f"the data worker did not finish {call} within {self.timeout:.0f} s; it reports: {self._report()}")
         try:
             ray.get(refs[-1])  # the small one: an actor's error is in each
         except ray.exceptions.RayActorError as error:

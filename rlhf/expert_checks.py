@@ -34,9 +34,7 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         raise ValueError(f"moe_token_drop_policy {config.moe_token_drop_policy} needs --moe_expert_capacity_factor")
 
 
-def check_expert_sizes(
-    config: Config, shape: ModelShape, *, tensor: int, pipeline: int, ranks: int, prefix: str = ""
-) -> None:
+def check_expert_sizes(config: Config, shape: ModelShape, *, tensor: int, pipeline: int, ranks: int, prefix: str = "") -> None:
     """Whether experts can be split over the ranks of the policy, or of another role that `prefix` names. Raises ValueError."""
     if shape.experts is None:
         return

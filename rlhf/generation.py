@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray.exceptions import RayActorError
 
+from actors.group import LongWait
 from rlhf.records import Batch, Group, Prompt
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ class Generation:
         else:
             self.waiting.extend(self.prompts)
             self._fill()
-        while self.calls:
-            for ref in self._ready():
-                if ref in self.calls:
-                    yield from self._take(ref)
-            self._fill()
+        with LongWait("generation", self.owner.reports) as news:
+            while self.calls:
+                for ref in self._ready(news):
+                    if ref in self.calls:
+                        yield from self._take(ref)
+                self._fill()
 
-    def _ready(self) -> list[ray.ObjectRef]:
+    def _ready(self, news: LongWait) -> list[ray.ObjectRef]:
         refs = list(self.calls)
         while True:
             ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS, fetch_local=False)
@@ -78,6 +80,7 @@ class Generation:
                 return done
             if self.owner.policy is not None:
                 self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
+            news.tell()
 
     def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:
         """The groups of a finished call; none when its engine died (its prompts have been given out again)."""

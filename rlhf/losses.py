@@ -166,9 +166,7 @@ def kto_loss(
     return (batch.sequence_weights * losses).sum(), metrics
 
 
-def gkd_loss(
-    logprobs: torch.Tensor | None, batch: MicroBatch, *, sft_alpha: float = 0.0
-) -> tuple[torch.Tensor, Metrics]:
+def gkd_loss(logprobs: torch.Tensor | None, batch: MicroBatch, *, sft_alpha: float = 0.0) -> tuple[torch.Tensor, Metrics]:
     """Mean over the trained tokens of the global batch of their divergence from the teacher, which `batch.divergences` holds.
 
     With `sft_alpha`, plus so many times their cross entropy, from logprobs [T] with gradient. Generalized knowledge distillation

@@ -181,9 +181,7 @@ def cut_back(folder: Path, offsets: Mapping[str, int]) -> None:
             print(f"warning: {file} has {size} bytes, {offset} when the checkpoint was saved: it lacks earlier steps")
 
 
-def _completions(
-    step: int, groups: Sequence[tuple[Group, Score]], limit: int | None = None
-) -> Iterable[dict[str, Any]]:
+def _completions(step: int, groups: Sequence[tuple[Group, Score]], limit: int | None = None) -> Iterable[dict[str, Any]]:
     """A row for each response, at most `limit` of each group."""
     for group, score in groups:
         for i in range(len(group.texts))[:limit]:

@@ -163,9 +163,7 @@ def _download(name: str, *, use_hf: bool, weights: bool, option: str) -> Path:
     except Exception as error:  # the hubs' clients raise dozens of kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         other = "" if use_hf else " (--use_hf takes it from Hugging Face)"
-        raise ValueError(
-            f"--{option} {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}"
-        ) from None
+        raise ValueError(f"--{option} {name}: no such folder here, and {hub} did not give it{other}: {reason[:200]}") from None
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -207,9 +205,7 @@ def read_shape(folder: Path) -> ModelShape:
             problem_type=values.get("problem_type") if has_classes else None,
         )
     except KeyError as error:
-        raise ValueError(
-            f"{folder}/config.json lacks {error.args[0]}: {kind or 'this model'} is not supported"
-        ) from None
+        raise ValueError(f"{folder}/config.json lacks {error.args[0]}: {kind or 'this model'} is not supported") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json is broken: {error}") from None
 

@@ -269,9 +269,7 @@ def help_text(task: Task | None = None) -> str:
     groups[-1:-1] = list(ROLES.values())
     lines = [USAGE]
     for group in groups:
-        options = [
-            item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)
-        ]
+        options = [item for item in supported().values() if _group_of(item) is group and (not task or task in item.tasks)]
         if options:
             lines += ["", f"{group.__doc__}:"] + [_help_line(item, DEFAULTS.get(task, {})) for item in options]
     return "\n".join(lines)

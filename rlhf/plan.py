@@ -21,6 +21,7 @@ from rlhf.counts import (
     teacher_places,
     teacher_width,
     total_steps,
+    updates,
 )
 from rlhf.devices import Devices, find_devices
 from rlhf.fit import complete, note, refusal, warning
@@ -98,9 +99,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
         exact=shape.exact,
         data_size=copies,
         prompts=config.generation_batch_size // config.num_generations if config.task == "grpo" else None,
-        micro_batches=None
-        if config.micro_batch_tokens
-        else config.global_batch_size // copies // config.micro_batch_size,
+        micro_batches=None if config.micro_batch_tokens else config.global_batch_size // copies // config.micro_batch_size,
         steps=total_steps(config, dataset_rows) if known else None,
         rows=dataset_rows,
         roles=tuple(roles),
@@ -199,21 +198,14 @@ def _batch_lines(config: Config, made: Plan) -> list[str]:
     if config.task == "gkd":
         lines += _distillation_lines(config)
     if made.prompts is not None:
-        updates = config.steps_per_generation * config.num_iterations
         lines.append(
             f"generation: {batch} x steps_per_generation {config.steps_per_generation} = "
             f"{config.generation_batch_size} responses / num_generations {config.num_generations} = "
-            f"{made.prompts} prompts, for {updates} steps"
+            f"{made.prompts} prompts, for {updates(config)} steps"
         )
     rows = "unknown number of" if made.rows is None else f"{made.rows:,}"
-    steps = (
-        f"unknown until the dataset is {'packed' if config.packing else 'read'}"
-        if made.steps is None
-        else f"{made.steps:,}"
-    )
-    length = (
-        f"{config.num_train_epochs} epochs of {rows} rows" if config.num_train_epochs else f"train_iters, {rows} rows"
-    )
+    steps = f"unknown until the dataset is {'packed' if config.packing else 'read'}" if made.steps is None else f"{made.steps:,}"
+    length = f"{config.num_train_epochs} epochs of {rows} rows" if config.num_train_epochs else f"train_iters, {rows} rows"
     return [*lines, f"optimizer steps: {steps} ({length}); a checkpoint every {config.save_steps}"]
 
 
@@ -241,9 +233,7 @@ def _memory_lines(config: Config, made: Plan) -> list[str]:
     columns = ("weights", "gradients", "optimizer", "activations", "kv_cache", "total")
     held = [role for role in made.roles if role.memory]
     head = f"{'Memory, GiB a process':<24}" + "".join(f"{name:>13}" for name in columns)
-    rows = [
-        f"  {role.name:<22}" + "".join(f"{_gib(getattr(role.memory, name)):>13}" for name in columns) for role in held
-    ]
+    rows = [f"  {role.name:<22}" + "".join(f"{_gib(getattr(role.memory, name)):>13}" for name in columns) for role in held]
     tokens = micro_batch_tokens(config)
     notes = [f"  activations: micro batches of {tokens:,} tokens, recompute {config.recompute_granularity}"]
     if samples(config):

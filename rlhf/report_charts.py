@@ -38,8 +38,7 @@ def charts(rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str,
 
     functions = [name for name in rows[-1] if name.startswith("reward/")]
     by_function = [
-        Series(name=name.removeprefix("reward/"), values=values(rows, name), color=i % 6 + 1)
-        for i, name in enumerate(functions)
+        Series(name=name.removeprefix("reward/"), values=values(rows, name), color=i % 6 + 1) for i, name in enumerate(functions)
     ]
     chosen_and_rejected = [
         Series(name=name, values=values(rows, f"rewards/{name}"), color=color) for name, color in (("chosen", 3), ("rejected", 5))

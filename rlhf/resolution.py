@@ -211,9 +211,7 @@ def trainable_dtype(shape: ModelShape) -> str:
     """The dtype of the model's own weights. ValueError when it is not trained in."""
     if shape.dtype in ("float32", "bfloat16"):
         return shape.dtype
-    raise ValueError(
-        f"the model's weights are {shape.dtype}, which is not trained in: give --torch_dtype bfloat16 or float32"
-    )
+    raise ValueError(f"the model's weights are {shape.dtype}, which is not trained in: give --torch_dtype bfloat16 or float32")
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.group import RankFailure, first_line
+from actors.group import ActorGroup, LongWait, RankFailure, first_line
 from rlhf.generation import Generation
 from rlhf.records import Group, GroupSummary, Prompt, PushReport
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from actors.group import ActorGroup
     from rlhf.config import Config
 
 MAX_DEATHS = 3  # of engines, without one completed group or push in between
@@ -281,7 +280,8 @@ class RolloutEngines:
     def _get(self, ref: ray.ObjectRef, index: int, call: str, deadline: float | None = None) -> Any:
         timeout = self.config.call_timeout
         try:
-            return ray.get(ref, timeout=timeout if deadline is None else max(deadline - time.monotonic(), 0))
+            with LongWait(f"rollout engine {index}: `{call}`", self.reports) as news:
+                return news.get(ref, deadline or time.monotonic() + timeout)
         except GetTimeoutError:
             raise self.late(index, call, timeout) from None
 

@@ -210,8 +210,7 @@ class Scorer:
         self.lost_in_a_row[function] += 1
         if self.lost_in_a_row[function] >= LOST_IN_A_ROW:
             self.error = self.error or ScoringError(
-                f"reward function {function!r} failed {LOST_IN_A_ROW} times in a row. "
-                f"The last: {failure.kind}: {failure.message}"
+                f"reward function {function!r} failed {LOST_IN_A_ROW} times in a row. The last: {failure.kind}: {failure.message}"
             )
             self.changed.notify_all()
 

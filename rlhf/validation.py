@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import LOSSES, Config
-from rlhf.counts import data_ranks, model_ranks, policy_ranks, samples
+from rlhf.counts import data_ranks, model_ranks, policy_ranks, samples, updates
 from rlhf.distillation_check import check_distillation
 from rlhf.effect_check import check_effects
 from rlhf.engine_check import check_rollout, check_teacher_engines
@@ -96,11 +96,10 @@ def _check_batches(config: Config) -> None:
             f"{config.generation_batch_size} responses is no multiple of num_generations {config.num_generations}: "
             "prompts a generation must be a whole number"
         )
-    updates = config.steps_per_generation * config.num_iterations if config.task == "grpo" else 1
-    if config.num_train_epochs is None and config.train_iters and config.train_iters % updates:
+    if config.num_train_epochs is None and config.train_iters and config.train_iters % updates(config):
         raise ValueError(
             f"train_iters {config.train_iters} is no multiple of steps_per_generation {config.steps_per_generation} x "
-            f"num_iterations {config.num_iterations} = {updates} optimizer steps a generation"
+            f"num_iterations {config.num_iterations} = {updates(config)} optimizer steps a generation"
         )
     if config.max_length and config.packing_length and config.packing_length < config.max_length:
         raise ValueError(f"packing_length {config.packing_length} is less than max_length {config.max_length}: a row must fit")

@@ -15,9 +15,7 @@ def local_ray():
     import ray
 
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    start_ray(
-        address="local", num_cpus=8, log_to_driver=False, runtime_env={"env_vars": environment}
-    )
+    start_ray(address="local", num_cpus=8, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
 

@@ -68,9 +68,7 @@ def submit(options: str, environment: dict[str, str], dashboard: str, log: Path)
     while True:
         assert time.monotonic() < deadline, log.read_text()
         with open(log, "w") as output:
-            job = subprocess.Popen(
-                [*command, *shlex.split(options)], cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
+            job = subprocess.Popen([*command, *shlex.split(options)], cwd=ROOT, env=environment, stdout=output, stderr=output)
         while job.poll() is None and "Tailing logs" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.5)
         if job.poll() is None or "No available agent" not in log.read_text():

@@ -215,9 +215,7 @@ def test_dependent_defaults():
     assert (pt.loss_scale, dpo.loss_scale, dpo.beta, dpo.loss_type) == ("all", "last_round", 0.1, "sigmoid")
     assert (dpo.truncation_strategy, dpo.eval_steps, kto.loss_type) == ("delete", 500, "kto")
     given = resolve(
-        replace(
-            rloo, beta=0.0, kl_in_reward=False, epsilon_high=0.28, generation_batch_size=64, steps_per_generation=None
-        )
+        replace(rloo, beta=0.0, kl_in_reward=False, epsilon_high=0.28, generation_batch_size=64, steps_per_generation=None)
     )
     assert (given.beta, given.kl_in_reward, given.epsilon_high, given.steps_per_generation) == (0.0, False, 0.28, 4)
 
@@ -231,9 +229,7 @@ def test_ranks_of_a_node_come_from_the_option_then_the_environment_then_the_mach
     config = Config(task="grpo", tensor_model_parallel_size=2)
     assert resolve(config).nproc_per_node == 2
     assert resolve(config, gpus_per_node=8).nproc_per_node == 8
-    assert (
-        resolve(replace(config, vllm_mode="server", vllm_tensor_parallel_size=2), gpus_per_node=8).nproc_per_node == 6
-    )
+    assert resolve(replace(config, vllm_mode="server", vllm_tensor_parallel_size=2), gpus_per_node=8).nproc_per_node == 6
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     assert resolve(config, gpus_per_node=8).nproc_per_node == 4
     assert resolve(replace(config, nproc_per_node=6), gpus_per_node=8).nproc_per_node == 6

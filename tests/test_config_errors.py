@@ -189,7 +189,10 @@ def test_a_hub_id_that_cannot_be_had():
 
 @pytest.mark.parametrize("name", ["./none", "../none"])
 def test_a_relative_folder_is_not_looked_for_on_a_hub(name):
-    assert error_of(f"rlhf {BASE} --model {name}") == f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"
+    assert (
+        error_of(f"rlhf {BASE} --model {name}")
+        == f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-7B-Instruct)"
+    )
 
 
 def test_broken_model_folders(folder):
@@ -231,10 +234,7 @@ def test_a_model_without_tokenizer_or_weights(folder):
     (folder / "m" / "model.safetensors").unlink()
     assert error_of(f"rlhf {BASE}") == f"{folder}/m has no weights (*.safetensors)"
     (folder / "m" / "tokenizer.json").unlink()
-    assert (
-        error_of(f"rlhf {BASE}")
-        == f"{folder}/m has no tokenizer (tokenizer.json or tokenizer.model): save it there too"
-    )
+    assert error_of(f"rlhf {BASE}") == f"{folder}/m has no tokenizer (tokenizer.json or tokenizer.model): save it there too"
 
 
 def test_a_plan_needs_neither_weights_nor_tokenizer(folder):
@@ -244,9 +244,7 @@ def test_a_plan_needs_neither_weights_nor_tokenizer(folder):
 
 
 def test_an_output_folder_that_cannot_be_written(folder):
-    assert (
-        error_of(f"rlhf {BASE} --output_dir d.jsonl/x") == f"output_dir {folder}/d.jsonl/x: {folder}/d.jsonl is a file"
-    )
+    assert error_of(f"rlhf {BASE} --output_dir d.jsonl/x") == f"output_dir {folder}/d.jsonl/x: {folder}/d.jsonl is a file"
     assert error_of(f"rlhf {BASE} --output_dir /proc/x").startswith("output_dir /proc/x cannot be written: /proc: ")
     assert not Path("runs").exists()
 

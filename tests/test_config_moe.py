@@ -22,7 +22,11 @@ from rlhf.run import refuse_what_cannot_fit
 from tests.model_json import QWEN3_30B_A3B, TINY, write_model
 
 CPU = Devices(gpus=0, gpu_name="", memory=24 * 2**30, cores=2)
-SHARED = QWEN3_30B_A3B | {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 4096}
+SHARED = QWEN3_30B_A3B | {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "shared_expert_intermediate_size": 4096,
+}
 MATRIX = 151936 * 2048
 ATTENTION = 2048 * (4096 + 2 * 512) + 4096 * 2048  # qkv and output
 EXPERT = 3 * 2048 * 768
@@ -93,13 +97,17 @@ def test_a_model_without_output_matrix_may_train_its_embedding_whole(folder, tas
     command = "rlhf --rlhf_type rm" if task == "rm" else "sft --task_type embedding --loss_type infonce"
     words = f"{command} --model dense --dataset d.jsonl --train_iters 4 --tuner_type lora --modules_to_save"
     assert load_config([*words.split(), "word_embeddings"]).modules_to_save == ["word_embeddings"]
-    with pytest.raises(ValueError, match=f"modules_to_save output_layer: a model for {task} has none, its head is always trained"):
+    with pytest.raises(
+        ValueError, match=f"modules_to_save output_layer: a model for {task} has none, its head is always trained"
+    ):
         load_config([*words.split(), "output_layer"])
 
 
 def test_models_that_are_refused(folder):
     write_model(folder / "moe", QWEN3_30B_A3B | {"mlp_only_layers": [0]})
-    with pytest.raises(ValueError, match=r"layers without experts \(mlp_only_layers, decoder_sparse_step\) are not supported yet"):
+    with pytest.raises(
+        ValueError, match=r"layers without experts \(mlp_only_layers, decoder_sparse_step\) are not supported yet"
+    ):
         read("moe", "")
     write_model(folder / "dense", TINY | {"tie_word_embeddings": True})
     with pytest.raises(ValueError, match="modules_to_save output_layer: the model's input and output embeddings are one matrix"):

@@ -314,7 +314,19 @@ def error_of(words: str, folder: Path) -> str:
     """What a command says in a folder with a model, Megatron checkpoints (of which only what is looked at is there), a PEFT adapter."""
     shape = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 64,
              "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}  # fmt: skip
-    run = {"config": {"task": "sft", "num_labels": None, "problem_type": None, "tuner_type": "lora", "lora_rank": 8, "lora_alpha": 32, "target_modules": ["all-linear"], "modules_to_save": [], "model": "/gone/base"}}
+    run = {
+        "config": {
+            "task": "sft",
+            "num_labels": None,
+            "problem_type": None,
+            "tuner_type": "lora",
+            "lora_rank": 8,
+            "lora_alpha": 32,
+            "target_modules": ["all-linear"],
+            "modules_to_save": [],
+            "model": "/gone/base",
+        }
+    }
     files = {"m/config.json": shape, "m/tokenizer.json": {}, "m/model.safetensors": {}, "mc/config.json": shape, "mc/tokenizer.json": {},
              "mc/mcore/metadata.json": {}, "whole/config.json": shape, "whole/tokenizer.json": {}, "whole/tensors.json": {},
              "whole/mcore/metadata.json": {}, "bare/mcore/metadata.json": {}, "full/file": {}, "p/adapter_config.json": {}, "d.jsonl": {},

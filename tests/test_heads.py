@@ -94,9 +94,7 @@ def head_shards(rows: RowTokens, source: Any, task: str, split: list[list[list[i
 
     def sequences(row: int) -> list[SequenceRef]:
         return [
-            SequenceRef(
-                source=0, item=item, key=item, length=len(rows.token_ids[item]), weight=1 / len(targets), targets=target
-            )
+            SequenceRef(source=0, item=item, key=item, length=len(rows.token_ids[item]), weight=1 / len(targets), targets=target)
             for item, target in enumerate(targets[row], starts[row])
         ]
 

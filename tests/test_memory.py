@@ -212,7 +212,10 @@ def test_a_change_that_is_proposed_is_enough(grpo):
 def test_changes_are_combined_when_none_is_enough(grpo):
     config = grpo(QWEN25_7B, micro_batch_tokens=65536)
     text = refusal(config, *shapes(config), 24 * GIB)
-    assert text.startswith("phase train needs about ") and "no change of one kind is enough, combine: micro_batch_tokens 32768; " in text
+    assert (
+        text.startswith("phase train needs about ")
+        and "no change of one kind is enough, combine: micro_batch_tokens 32768; " in text
+    )
 
 
 def test_a_command_for_this_machine_is_refused_before_anything_starts(monkeypatch, grpo):
@@ -225,7 +228,9 @@ def test_a_command_for_this_machine_is_refused_before_anything_starts(monkeypatc
     with pytest.raises(ValueError, match=r"phase train needs about .* GiB of a GPU's 8.0 GiB"):
         refuse_what_cannot_fit(config)
     monkeypatch.setattr(rlhf.run, "find_devices", lambda: replace(gpu, host_memory=16 * GIB))
-    with pytest.raises(ValueError, match="offloading needs about 17.3 GiB of a node's host memory, there are 16.0: give offload_model"):
+    with pytest.raises(
+        ValueError, match="offloading needs about 17.3 GiB of a node's host memory, there are 16.0: give offload_model"
+    ):
         refuse_what_cannot_fit(config)
     monkeypatch.setattr(rlhf.run, "find_devices", lambda: replace(gpu, gpus=0, memory=8 * GIB))
     refuse_what_cannot_fit(config)

@@ -24,7 +24,8 @@ CASES = {  # of tests.test_heads: how a run is told to have this loss
     ("reranker", "listwise_reranker"): {"loss_type": "listwise_reranker"},
     ("embedding", "infonce"): {"environment": {"INFONCE_INCLUDE_QQ": "true", "INFONCE_INCLUDE_DD": "true"}},
     ("embedding", "infonce-mrl"): {
-        "environment": {"INFONCE_INCLUDE_QQ": "true", "INFONCE_INCLUDE_DD": "true"}, "mrl_dims": {16: 1.0, 48: 0.5},
+        "environment": {"INFONCE_INCLUDE_QQ": "true", "INFONCE_INCLUDE_DD": "true"},
+        "mrl_dims": {16: 1.0, 48: 0.5},
     },
     ("embedding", "infonce-own"): {"environment": {"INFONCE_USE_BATCH": "false", "INFONCE_TEMPERATURE": "0.5"}},
     ("pairs", "online_contrastive"): {"loss_type": "online_contrastive"},

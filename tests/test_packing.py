@@ -87,9 +87,7 @@ def test_a_row_longer_than_a_pack_is_one_alone_and_its_user_told(packed):
     sizes = [(sum(summary.lengths[item] for row in unit for item in row), len(unit)) for unit in summary.units]
     longer = [count for size, count in sizes if size > 100]
     assert set(longer) == {1} and sum(count for _, count in sizes) == ROWS
-    assert info.warnings == (
-        f"{len(longer)} rows are longer than packing_length 100, all their sequences together: packs alone",
-    )
+    assert info.warnings == (f"{len(longer)} rows are longer than packing_length 100, all their sequences together: packs alone",)
 
 
 @pytest.fixture

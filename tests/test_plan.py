@@ -24,9 +24,7 @@ def environment(monkeypatch):
 
 
 def grpo(folder: Path, **options) -> Config:
-    base = Config(
-        task="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3
-    )
+    base = Config(task="grpo", model=str(folder), dataset=["d"], reward_funcs=["accuracy"], train_iters=3)
     return resolve(replace(base, **options), read_shape(folder))
 
 
@@ -225,9 +223,7 @@ def test_sft_has_no_rollout(tmp_path):
     made = plan(config, dataset_rows=None, devices=CPU)
     assert [role.name for role in made.roles] == ["policy", "data"]
     assert (made.steps, made.prompts) == (None, None)
-    assert "optimizer steps: unknown until the dataset is read (1 epochs of unknown number of rows)" in render(
-        config, made
-    )
+    assert "optimizer steps: unknown until the dataset is read (1 epochs of unknown number of rows)" in render(config, made)
 
 
 def test_packs_are_counted_when_the_dataset_has_been_packed(tmp_path):

@@ -239,8 +239,6 @@ def test_a_loss_that_is_not_finite_names_the_step(hosts, model, rows, source):
         group.train_step(shards_of(rows, source, SPLITS[1]), nan_loss)
 
 
-
-
 def assert_same(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     assert all(np.array_equal(a[key], b[key]) for key in a)

@@ -533,9 +533,7 @@ def test_engines_killed_while_pulling_and_before_a_push_are_replaced(engines, po
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_tied_output_layer_follows_the_embedding(local_ray, policy, tmp_path, stored) -> None:
-    folders = [
-        make_tiny_model(tmp_path / str(seed), seed=seed, head_dim=32, tie_word_embeddings=True) for seed in (0, 1)
-    ]
+    folders = [make_tiny_model(tmp_path / str(seed), seed=seed, head_dim=32, tie_word_embeddings=True) for seed in (0, 1)]
     if stored:  # some tools write the output layer too
         file = folders[0] / "model.safetensors"
         weights = load_file(file)

@@ -115,9 +115,7 @@ def test_rewards_are_weighted_sums_in_the_order_of_the_prompts(scorer):
 )
 def test_a_bad_sample_costs_its_own_reward_alone(scorer, bad, kind):
     restarts = scorer.restarts
-    first, second = (
-        score for _, score in scorer.score(iter([group(0, "a", bad, "b"), group(1, "c", "d", "e")]), step=2)
-    )
+    first, second = (score for _, score in scorer.score(iter([group(0, "a", bad, "b"), group(1, "c", "d", "e")]), step=2))
     assert first.rewards == (10.5, None, 10.5)
     assert first.by_function == {"length": (1.0, float(len(bad)), 1.0), "fragile": (10.0, None, 10.0)}
     assert first.failures == {kind: 1}
@@ -141,9 +139,7 @@ def test_a_worker_killed_from_outside_costs_nothing(scorer):
 
 
 def test_a_step_without_any_reward_ends_the_run(scorer):
-    message = (
-        r"none of the 4 samples of step 5 .* 'fragile': raised: RuntimeError: no reward for this \(my_rewards.py:9\)"
-    )
+    message = r"none of the 4 samples of step 5 .* 'fragile': raised: RuntimeError: no reward for this \(my_rewards.py:9\)"
     with pytest.raises(ScoringError, match=message):
         scorer.score(iter([group(0, "raise", "raise"), group(1, "raise", "raise")]), step=5)
     assert scorer.score(iter([group(0, "a")]), step=6)[0][1].rewards == (10.5,)
@@ -187,9 +183,7 @@ def test_functions_see_token_ids_and_the_step_and_may_apply_to_nothing(local_ray
         score = scorer.score(iter([group(0, "a", "b")]), step=2)[0][1]
         assert score.rewards == (207.0, 210.0)
         assert score.by_function["never"] == (None, None)
-        with pytest.raises(
-            ScoringError, match="none of the 2 samples of step 3 has a reward: tokens, never returned None"
-        ):
+        with pytest.raises(ScoringError, match="none of the 2 samples of step 3 has a reward: tokens, never returned None"):
             scorer.score(iter([group(0, "none", "none")]), step=3)
     finally:
         scorer.close()

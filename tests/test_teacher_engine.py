@@ -126,7 +126,9 @@ def test_an_engine_that_dies_ends_the_run_in_one_line(models, tmp_path):
 def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
     for name in ("NPROC_PER_NODE", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    return folder(tmp_path / "student"), folder(tmp_path / "teacher", size=640, num_hidden_layers=8, max_position_embeddings=16384)
+    return folder(tmp_path / "student"), folder(
+        tmp_path / "teacher", size=640, num_hidden_layers=8, max_position_embeddings=16384
+    )
 
 
 ENGINE = ("--teacher.backend", "vllm", "--gkd_logits_topk", "8")

@@ -45,9 +45,7 @@ class TensorRanks:
         return x
 
 
-def keep_logits(
-    logits: torch.Tensor, packed: PackedMicroBatch, *, vocab_size: int, top_k: int | None
-) -> LogitRefs:
+def keep_logits(logits: torch.Tensor, packed: PackedMicroBatch, *, vocab_size: int, top_k: int | None) -> LogitRefs:
     """The teacher's side: put the logits [1, T, C] of trained tokens into the object store.
 
     All columns in the model's own dtype; or the `top_k` largest of a token with their ids, by one tensor rank alone.
@@ -70,15 +68,11 @@ def keep_logits(
     kept: LogitRefs = {}
     for i, (sequence, part) in enumerate(zip(packed.sequences, np.split(bits, ends))):
         own_ids = None if ids is None else np.split(ids, ends)[i]
-        kept[sequence.key] = ray.put(
-            TokenLogits(values=part, first_column=first, vocab_size=vocab_size, ids=own_ids)
-        )
+        kept[sequence.key] = ray.put(TokenLogits(values=part, first_column=first, vocab_size=vocab_size, ids=own_ids))
     return kept
 
 
-def likeliest(
-    rows: torch.Tensor, count: int, *, first: int, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def likeliest(rows: torch.Tensor, count: int, *, first: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest logits of each token over all tensor ranks, and their ids, [N, K] each: float32 and int64."""
     import torch
     import torch.distributed as dist
@@ -111,9 +105,7 @@ class Comparison:
         self.config, self.vocab_size, self.reduce = config, vocab_size, TensorRanks()
         self.parts: list[LogitRefs] = [part for part in ray.get(list(refs)) if part is not None]
 
-    def compare(
-        self, logits: torch.Tensor, packed: PackedMicroBatch
-    ) -> tuple[torch.Tensor | None, PackedMicroBatch]:
+    def compare(self, logits: torch.Tensor, packed: PackedMicroBatch) -> tuple[torch.Tensor | None, PackedMicroBatch]:
         """Logprobs [T] where they have a use, else None; and the micro batch with its divergences from the teacher.
 
         logits [1, T, C], with gradient. Of sampled tokens the logprobs are those at the sampling temperature, without gradient,
@@ -126,9 +118,7 @@ class Comparison:
         def everywhere(values: torch.Tensor) -> torch.Tensor:  # [N] -> [T]
             return values.new_zeros(len(batch.token_ids)).index_add(0, positions, values)
 
-        packed = replace(
-            packed, batch=replace(batch, divergences=everywhere(divergences), teacher_kl=everywhere(kl))
-        )
+        packed = replace(packed, batch=replace(batch, divergences=everywhere(divergences), teacher_kl=everywhere(kl)))
         sampled = batch.rollout_logprobs is not None
         if not sampled and not self.config.sft_alpha:
             return None, packed
@@ -142,9 +132,7 @@ class Comparison:
         )
         return everywhere(logprobs), packed
 
-    def _divergences(
-        self, rows: torch.Tensor, teacher: list[list[TokenLogits]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divergences(self, rows: torch.Tensor, teacher: list[list[TokenLogits]]) -> tuple[torch.Tensor, torch.Tensor]:
         """[N] each: the divergence that is trained on, and KL(teacher || student), without gradient."""
         config, first, vocab_size = self.config, first_column(rows), teacher[0][0].vocab_size
         options = {
