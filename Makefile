@@ -18,7 +18,7 @@ test: setup lint
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-all: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=40
 
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu

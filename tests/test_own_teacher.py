@@ -123,25 +123,22 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
 
 
 LAYOUTS = {
-    "data": {"teacher.nproc": 2},  # two data ranks, the policy has one
-    "tensor": {"teacher.tensor_model_parallel_size": 2},
-    "pipeline": {"teacher.pipeline_model_parallel_size": 2},
+    "all columns": {"data": {"teacher.nproc": 2}, "pipeline": {"teacher.pipeline_model_parallel_size": 2}},  # the policy has DP 1
+    "top k": {"tensor": {"teacher.tensor_model_parallel_size": 2}},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("top_k", [None, 20])
-def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, top_k):  # noqa: F811
+@pytest.mark.parametrize("logits", LAYOUTS)
+def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, logits):  # noqa: F811
     """Only rounding differs where the teacher's layers are split; its micro batches are others than the policy's."""
     options = {"lmbda": 0, "train_iters": 3, "split_dataset_ratio": 0.2, "eval_steps": 3, "nproc_per_node": 1}
-    options |= {"micro_batch_size": 1, "micro_batch_tokens": 90} if top_k is None else {}
-    options |= {"gkd_logits_topk": top_k} if top_k else {}
+    options |= {"gkd_logits_topk": 20} if logits == "top k" else {"micro_batch_size": 1, "micro_batch_tokens": 90}
     data = rows(tmp_path / "rows.jsonl")
     run(*gkd(models, data, tmp_path, "shared", **options), log=tmp_path / "shared.log")
     expected = losses(tmp_path / "shared")
     assert len(expected) == 5 and expected[0][1] > 0.1
-    layouts = LAYOUTS if top_k is None else dict(list(LAYOUTS.items())[:2])
-    for name, layout in layouts.items():
+    for name, layout in LAYOUTS[logits].items():
         own = options | {"teacher.own_devices": "true"} | layout
         run(*gkd(models, data, tmp_path, name, **own), log=tmp_path / f"{name}.log")
         assert losses(tmp_path / name) == [pytest.approx(step, abs=1e-6) for step in expected], name
