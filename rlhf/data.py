@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.group import first_line
+
 if TYPE_CHECKING:
     from rlhf.records import Prompt, RowSummary
 
@@ -114,7 +116,7 @@ class _Stream:
         try:
             ray.get(refs[-1])  # the small one: an actor's error is in each
         except ray.exceptions.RayActorError as error:
-            raise DataFailure(f"the data worker died during {call}: {str(error).strip().splitlines()[0]}") from error
+            raise DataFailure(f"the data worker died during {call}: {first_line(error)}") from error
 
     def _report(self) -> str:
         try:

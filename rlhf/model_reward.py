@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.group import RankGroup, first_line
 from rlhf.batching import row_shards
 from rlhf.counts import reward_names
 from rlhf.data import DataFailure, RowBatch
@@ -15,7 +16,6 @@ from rlhf.head_losses import head_outputs
 from rlhf.reward_process import ScoringError
 
 if TYPE_CHECKING:
-    from actors.group import RankGroup
     from rlhf.config import Config
     from rlhf.records import Group, RowSummary
 
@@ -53,5 +53,4 @@ class ModelReward:
             timeout = f"{self.config.call_timeout:g} s (call_timeout)"
             raise DataFailure(f"the data worker did not encode the responses for the reward model within {timeout}") from None
         except ray.exceptions.RayActorError as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise DataFailure(f"the data worker died at the responses for the reward model: {first_line}") from error
+            raise DataFailure(f"the data worker died at the responses for the reward model: {first_line(error)}") from error
