@@ -164,7 +164,8 @@ def test_parts_of_another_version_are_refused() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tensor_that_is_not_finite_is_refused_by_name_and_the_stream_is_read_to_its_end(bad: float, dtype) -> None:
-    weights = {"first": torch.ones(300, dtype=dtype), "second": torch.ones(300, dtype=dtype), "third": torch.ones(3)}
+    first = {"first": torch.ones(300, dtype=dtype), "none": torch.ones(0), "counts": torch.full((5,), -1)}
+    weights = first | {"second": torch.ones(300, dtype=dtype), "third": torch.ones(3)}
     weights["second"][7] = bad
     stream = iter(weights.items())
     with pytest.raises(PushError, match="'second' is not finite"):

@@ -99,6 +99,7 @@ def _training_settings(config: Any, sizes: ParallelSizes, dtype: torch.dtype, pl
         backend = "auto"
     if config.deterministic:
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        torch.compiler.set_stance("force_eager")  # what is compiled follows the sizes that came first: others after a resumption
     granularity = None if config.recompute_granularity == "none" else config.recompute_granularity
     settings: dict[str, Any] = {
         "params_dtype": dtype,

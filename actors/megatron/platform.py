@@ -66,6 +66,7 @@ def start_platform() -> Platform:
     }
     if gpu:
         torch.cuda.set_device(0)  # Ray shows a rank its own GPU alone
+        torch._inductor.config.triton.autotune_pointwise = False  # kernels would be tried on copies of the logits
         _make_workspaces()
         return Platform(
             device=torch.device("cuda", 0),

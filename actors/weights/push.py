@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.weights.checksum import checksum
 from actors.weights.ledger import PushError
@@ -49,17 +50,41 @@ def push_weights(
             pass
 
 
-def require_finite(ranges: dict[str, torch.Tensor]) -> None:
-    """PushError naming a tensor that holds a NaN or an infinity (a NaN would poison the engine's KV cache).
+class Packed(NamedTuple):
+    """A tensor in a bucket's bytes."""
 
-    ranges: {name: its least and its greatest value, [2] float32}; one transfer from the device for all of them.
+    name: str
+    offset: int
+    values: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.values.nbytes
+
+
+def require_finite(data: torch.Tensor, tensors: Iterable[Packed]) -> None:
+    """PushError naming a tensor of a bucket, uint8 [size], that holds a NaN or an infinity (a NaN would poison a KV cache).
+
+    Neighbours of one dtype are looked at as one, with what pads them; only where that finds something, each by itself.
     """
+    for dtype, neighbours in groupby(tensors, key=lambda packed: packed.values.dtype):
+        alike = list(neighbours)
+        if not dtype.is_floating_point or _is_finite(_extremes(data[alike[0].offset : alike[-1].end].view(dtype))):
+            continue
+        for name, _, values in alike:
+            if not _is_finite(extremes := _extremes(values)):
+                raise PushError("weights not pushed: tensor {!r} is not finite (from {} to {})".format(name, *extremes))
+
+
+def _extremes(values: torch.Tensor) -> list[float]:
+    """The least and the greatest, both NaN if there is one anywhere; nothing of no values."""
     import torch
 
-    values = torch.stack(list(ranges.values())).cpu() if ranges else torch.zeros(0, 2)
-    for name, (low, high) in zip(ranges, values.tolist()):
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise PushError(f"weights not pushed: tensor {name!r} is not finite (from {low} to {high})")
+    return torch.stack(values.aminmax()).tolist() if values.numel() else []
+
+
+def _is_finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))
 
 
 class _Push:
@@ -96,42 +121,38 @@ class _Push:
         """Copy each tensor as it comes (its memory may be reused) into one flat buffer; a full one becomes a bucket."""
         import torch
 
-        buffer, used, index, entries, ranges = None, 0, 0, [], {}
+        buffer, used, index, packed = None, 0, 0, []
         for name, tensor in tensors:
             tensor = tensor.detach()
             size = tensor.numel() * tensor.element_size()
             padded = -(-size // ALIGNMENT) * ALIGNMENT
-            if entries and used + padded > bucket_bytes:
-                require_finite(ranges)
-                yield self._bucket(index, buffer[:used], entries)
-                used, index, entries, ranges = 0, index + 1, [], {}
+            if packed and used + padded > bucket_bytes:
+                yield self._bucket(index, buffer[:used], packed)
+                used, index, packed = 0, index + 1, []
             if buffer is None or used + padded > buffer.numel():
-                buffer = torch.empty(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device)
-            buffer[used : used + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), used))
+                buffer = torch.zeros(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device)
+            place = buffer[used : used + size].view(tensor.dtype).view(tensor.shape)
+            packed.append(Packed(name, used, place.copy_(tensor)))
             used += padded
-            if tensor.numel() and tensor.is_floating_point():
-                ranges[name] = torch.stack(tensor.aminmax()).float()  # a NaN anywhere makes both NaN
-        require_finite(ranges)
-        if entries:
-            yield self._bucket(index, buffer[:used], entries)
+        if packed:
+            yield self._bucket(index, buffer[:used], packed)
 
-    def _bucket(self, index: int, data: torch.Tensor, entries: list[tuple[str, str, tuple[int, ...], int]]) -> Bucket:
+    def _bucket(self, index: int, data: torch.Tensor, packed: list[Packed]) -> Bucket:
         """Sent after its checksum, so that nothing comes between a broadcast and the call by which engines enter it.
 
         CUDA can make a kernel's first launch, or an allocation, wait for the broadcast, which waits for the engines.
         """
-        names, dtypes, shapes, offsets = zip(*entries)
+        require_finite(data, packed)
         found = checksum(data)
         return Bucket(
             version=self.version,
             index=index,
             payload=self.transport.send(data),
             size=data.numel(),
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            offsets=offsets,
+            names=tuple(tensor.name for tensor in packed),
+            dtypes=tuple(str(tensor.values.dtype).removeprefix("torch.") for tensor in packed),
+            shapes=tuple(tuple(tensor.values.shape) for tensor in packed),
+            offsets=tuple(tensor.offset for tensor in packed),
             checksum=found,
         )
 

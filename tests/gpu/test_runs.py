@@ -68,11 +68,10 @@ def test_it_learns_through_the_death_of_an_engine_and_a_dead_rank_ends_it(gpu_ra
 
 
 def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
-    """One run with everything offloaded against one without that is killed and continued: bit for bit."""
+    """One run with everything offloaded against one without that is killed and continued meanwhile: bit for bit."""
     options = {"deterministic": "true", "train_iters": 16, "save_steps": 8}
-    offloaded = demo("rlhf", taught, work, "offloaded", offload_model="true", offload_optimizer="true", **options)
-    status, output = command.run(*offloaded, log=work / "offloaded.log", address=gpu_ray)
-    assert status == 0, output[-4000:]
+    words = demo("rlhf", taught, work, "offloaded", offload_model="true", offload_optimizer="true", **options)
+    offloaded = command.start(*words, log=work / "offloaded.log", address=gpu_ray)
     arguments = demo("rlhf", taught, work, "killed", offload_model="false", offload_optimizer="false", **options)
     log = work / "killed.log"
     process = command.start(*arguments, log=log, address=gpu_ray)
@@ -81,6 +80,8 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     process.wait()
     assert not (work / "killed" / "checkpoint-16").exists()
     status, output = command.run(*arguments, "--resume_from_checkpoint", "auto", log=log, address=gpu_ray)
+    assert status == 0, output[-4000:]
+    status, output = command.ended(offloaded, log=work / "offloaded.log")
     assert status == 0, output[-4000:]
     rows = list(zip(repeated(work / "offloaded"), repeated(work / "killed"), strict=True))
     differ = {a["step"]: {name: (a[name], b[name]) for name in a if a[name] != b[name]} for a, b in rows}
