@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.decoding import decode_batch
 from actors.device_memory import memory_explained
 from actors.engine_build import build_engine, lora_request
 from actors.model_folder import require_model
@@ -153,7 +154,7 @@ class RolloutEngine:
         self.thread.post(lambda: self.thread.hold(requests, batch))
         outputs = await asyncio.gather(*(request.done for request in requests))
         self._require(version)
-        groups = [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)]
+        groups = await asyncio.to_thread(lambda: [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)])
         return [summary for _, summary in groups], *(tokens for tokens, _ in groups)
 
     async def stream(
@@ -285,6 +286,6 @@ class RolloutEngine:
             response_ids=tuple(np.array(row, np.int32) for row in ids),
             rollout_logprobs=tuple(np.array(row, np.float32) for row in logprobs),
         )
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = decode_batch(self.tokenizer, ids)
         reasons = tuple(sample.finish_reason for sample in output.outputs)
         return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from actors.frozen import Frozen
@@ -44,12 +45,12 @@ class PolicyAlone(Policy):
         return middle - start, time.monotonic() - middle
 
 
-class WeightsAlone(Policy):
-    """A Megatron rank that only holds weights and pushes them: for models whose optimizer needs more GPUs."""
+class WeightsAlone(Frozen):
+    """A Megatron rank that only holds the policy's weights and pushes them: for models whose optimizer needs more GPUs."""
 
-    setup = Frozen.setup
-    offload = Frozen.offload
-    come_back = Frozen.come_back
+    training = SimpleNamespace(finish_gather=lambda: None)
+    transport = Policy.transport
+    push_weights = Policy.push_weights
 
 
 class EngineAlone:

@@ -123,4 +123,4 @@ def test_too_few_gpus_are_refused_in_one_line(gpu_ray, work, taught):
     arguments = demo("rlhf", taught, work, "many", vllm_mode="server", **{"rollout.num_engines": 8})
     status, output = command.run(*arguments, log=work / "many.log", address=gpu_ray)
     assert status == 2
-    assert "1 policy ranks + 8 engine places need 9 x 1 GPU = 9, the cluster has 2: lower nproc_per_node" in output
+    assert "1 policy ranks + 8 engine places need 9 x 1 GPU = 9, the cluster has 2: lower rollout.num_engines" in output
