@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -12,7 +13,11 @@ if sys.path[0] != ROOT:  # `python rlhf/main.py` puts rlhf/ first: the project's
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted."""
+    """Run one command; the exit status: 0, 1 when a run failed, 2 for what the user can mend in the command, 130 interrupted.
+
+    A ValueError is told in one line; one that is not of this project's code, a bug perhaps, prints its traceback before.
+    """
+    from rlhf.error_origin import is_ours
     from rlhf.options import help_of, load_config
 
     argv = sys.argv[1:] if argv is None else argv
@@ -40,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return run(config)
     except ValueError as error:
+        if not is_ours(error):
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:  # training says what it has saved

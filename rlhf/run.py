@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -69,12 +70,13 @@ def _work_of(config: Config) -> Callable[[Cluster], int | None]:
 def on_cluster(config: Config, work: Callable[[Cluster], int | None]) -> int:
     """Reserve the resources and work with them: the exit status that `work` gives, or that of its failure.
 
-    Raises ValueError for what its user can mend.
+    Raises ValueError for what its user can mend; one that a library raised in an actor prints its traceback before.
     """
     import ray
 
     from actors.group import RankFailure
     from rlhf.cluster import Cluster
+    from rlhf.error_origin import is_ours_in_actor
 
     try:
         with Cluster(config, policy_ranks=policy_ranks(config), num_engines=rollout_engines(config)) as cluster:
@@ -82,6 +84,8 @@ def on_cluster(config: Config, work: Callable[[Cluster], int | None]) -> int:
             return work(cluster) or 0
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):
+            if not is_ours_in_actor(error):
+                traceback.print_exception(error)
             raise ValueError(str(error.cause)) from error
         if isinstance(error.cause, FloatingPointError):
             print(f"error: not finite: {error.cause}; lower lr, or look at the last lines of metrics.jsonl", file=sys.stderr)
