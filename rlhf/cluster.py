@@ -28,7 +28,7 @@ from rlhf.fit import check_host, fit, note, warning
 from rlhf.memory import GIB, shapes
 from rlhf.named_engines import NAMESPACE, NamedEngines, find_engines, is_offered
 from rlhf.phases import phases
-from rlhf.ray_start import add_node, find_announced, has_other_devices, start_ray, within
+from rlhf.ray_start import add_node, end_process, find_announced, has_other_devices, start_ray, within
 from rlhf.without_gpus import note_without_gpus, refusal_without_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +73,7 @@ class Cluster:
         if self.address is not None:
             ray.shutdown()
         if self.node is not None:
-            self.node.terminate()
-            self.node.wait()
+            end_process(self.node)
 
     def release(self) -> None:
         """End every actor, and give the places back."""

@@ -27,6 +27,7 @@ from ray._private.utils import set_kill_on_parent_death_linux
 ATTEMPTS = 3
 NODE_SECONDS = 60.0
 JOIN_ATTEMPTS = "3"  # of a second where a cluster refuses, of 40 s where it is silent; Ray's own 20 last up to 14 minutes
+END_SECONDS = 10.0  # that a node gets to end in order
 LOCAL = "local"  # a Ray of this run's own
 
 
@@ -125,6 +126,16 @@ def add_node(address: str) -> subprocess.Popen:
             raise RuntimeError(f"a Ray node of the devices of this terminal did not join {address}: {' '.join(command)}")
         time.sleep(0.2)
     return node
+
+
+def end_process(process: subprocess.Popen, seconds: float = END_SECONDS) -> None:
+    """Ask it to end, and kill it when it has not done so in time."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def within(seconds: float, function: Callable[..., Any], *arguments: Any) -> None:

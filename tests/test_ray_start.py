@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import grpc
 import pytest
 
 from rlhf import ray_start
-from rlhf.ray_start import LOCAL, cluster_address
+from rlhf.ray_start import LOCAL, cluster_address, end_process
 
 
 @pytest.fixture
@@ -105,3 +106,12 @@ def test_a_cluster_that_answers_and_cannot_be_joined_is_an_error_of_one_line():
         server.stop(None)
     text = rf"the Ray cluster at [\d.]+:{port} answers, but cannot be joined: RpcError: RPC error: Method not found!; check that "
     assert re.match(text, output) and output.count("\n") == 1
+
+
+@pytest.mark.parametrize(("disposition", "ended_by"), [("SIG_DFL", signal.SIGTERM), ("SIG_IGN", signal.SIGKILL)])
+def test_a_process_that_does_not_end_when_asked_is_killed(disposition, ended_by):
+    code = f"import signal, time; signal.signal(signal.SIGTERM, signal.{disposition}); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.read(1)  # it has come so far
+        end_process(process, seconds=1)
+    assert process.returncode == -ended_by
