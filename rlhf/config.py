@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
+from rlhf.preference_losses import DPO_LOSS_TYPES, KTO_LOSS_TYPES, FDivergence
+
 GRPO = ("grpo",)
 SCORED = ("grpo", "eval")  # tasks with rewards
 SAMPLED = ("grpo", "gkd")  # tasks that train on responses of rollout engines
@@ -35,21 +37,17 @@ DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(  # of a task, where they ar
 )
 
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-DPO_LOSSES = (
-    "sigmoid", "robust", "exo_pair", "hinge", "ipo", "bco_pair", "sppo_hard", "nca_pair", "aot", "aot_unpaired", "apo_zero",
-    "apo_down", "discopop", "sft",
-)  # fmt: skip
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
 EMBEDDING_LOSSES = ("infonce", "cosine_similarity", "contrastive", "online_contrastive")
 RERANKER_LOSSES = ("pointwise_reranker", "listwise_reranker")
 LOSSES = {  # of each task that has a choice, the default first
     "grpo": GRPO_LOSSES,
-    "dpo": DPO_LOSSES,
-    "kto": KTO_LOSSES,
+    "dpo": DPO_LOSS_TYPES,
+    "kto": KTO_LOSS_TYPES,
     "embedding": EMBEDDING_LOSSES,
     "reranker": RERANKER_LOSSES,
     "generative_reranker": RERANKER_LOSSES,
 }
+LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # Megatron's names, of what may have an adapter
 
 
 def option(
@@ -296,7 +294,7 @@ class LoraOptions:
     lora_rank: int = option(8, "rank", least=1)
     lora_alpha: float = option(32.0, "scale, divided by the rank", above=0)
     lora_dropout: float = option(0.05, "dropout before the adapters", least=0, most=1)
-    target_modules: list[str] = option(["all-linear"], "all-linear, or of linear_qkv linear_proj linear_fc1 linear_fc2")
+    target_modules: list[str] = option(["all-linear"], f"all-linear, or of {' '.join(LINEAR_LAYERS)}")
     modules_to_save: list[str] = option([], "trained and saved whole, beside the adapters: word_embeddings output_layer")
     merge_lora: bool | None = common(
         None, "also save the merged model (default: save_safetensors); export: write the model with adapters added in"
@@ -323,9 +321,7 @@ class PreferenceOptions:
     reference_free: bool = dpo(False, "no reference model: its logprobs count as 0")
     rpo_alpha: float | None = dpo(None, "weight of the chosen response's cross entropy beside the loss", least=0)
     ld_alpha: float | None = dpo(None, "weight of the tokens beyond the shorter response of a pair (default: 1)", least=0, most=1)
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = dpo(
-        "reverse_kl", "divergence from the reference"
-    )
+    f_divergence_type: FDivergence = dpo("reverse_kl", "divergence from the reference")
     f_alpha_divergence_coef: float = dpo(0.5, "alpha of alpha_divergence, as TRL's: near 1 reverse_kl, at 0 forward_kl")
     discopop_tau: float = dpo(0.05, "temperature of loss_type discopop", above=0)
     desirable_weight: float = kto(1.0, "weight of desirable responses", least=0)

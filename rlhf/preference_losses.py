@@ -9,7 +9,7 @@ this module to name a loss, so torch is imported inside the functions that need 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,8 @@ DPO_LOSS_TYPES = (
 WHOLE_BATCH_LOSS_TYPES = ("aot", "aot_unpaired")  # they sort over all pairs of the global batch
 SMOOTHED_LOSS_TYPES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")  # of label_smoothing
 PLAIN_RATIO_LOSS_TYPES = ("aot", "aot_unpaired", "apo_zero", "sft")  # whatever the f-divergence, as in TRL
-F_DIVERGENCE_TYPES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+F_DIVERGENCE_TYPES: tuple[FDivergence, ...] = get_args(FDivergence)
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
 EXO_LABEL_SMOOTHING = 1e-3  # the value that the EXO paper recommends; 0 would make the loss infinite

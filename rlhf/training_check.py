@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlhf.config import Config
+from rlhf.config import LINEAR_LAYERS, Config
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape
 from rlhf.pipeline import policy_pipeline
 
-LORA_MODULES = ("all-linear", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LORA_MODULES = ("all-linear", *LINEAR_LAYERS)
 WHOLE_MODULES = ("word_embeddings", "output_layer")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 EXPERT_RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe")

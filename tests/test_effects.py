@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.config import DPO_LOSSES, GRPO_LOSSES
+from rlhf.config import GRPO_LOSSES
 from rlhf.effect_check import NEEDS, check_effects
 from rlhf.options import load_config, parse, supported
-from rlhf.preference_losses import PLAIN_RATIO_LOSS_TYPES, SMOOTHED_LOSS_TYPES, dpo_losses
+from rlhf.preference_losses import DPO_LOSS_TYPES, PLAIN_RATIO_LOSS_TYPES, SMOOTHED_LOSS_TYPES, dpo_losses
 from tests.test_losses import run
 
 GRPO = "rlhf --rlhf_type grpo --reward_funcs format"
@@ -130,7 +130,7 @@ def test_it_is_part_of_reading_a_command(tmp_path):
         assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("loss_type", DPO_LOSSES)
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
 def test_the_table_says_what_dpo_losses_use(loss_type):
     chosen, rejected, ref_chosen, ref_rejected = torch.tensor(
         [[-3.0, -8.0, -6.5], [-4.0, -6.0, -9.0], [-3.5, -7.0, -6.0], [-3.0, -6.5, -8.0]]

@@ -222,7 +222,6 @@ def test_what_no_save_leaves_out(hosts, model, rows, source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tuner_type": "lora", "target_modules": ["q_proj"]}, "target_modules .*q_proj.* linear_qkv"),
         ({"attention_backend": "local"}, "attention_backend local"),
         ({"lr_warmup_iters": 10}, "warm-up of 10 steps .* 10 steps"),
         ({"tensor_model_parallel_size": 3}, "1 ranks do not divide"),

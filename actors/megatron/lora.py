@@ -9,27 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from actors.megatron.model import Model
+from rlhf.config import LINEAR_LAYERS
 
 PEFT_TASKS = {"seq_cls": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}  # of a head; others: CAUSAL_LM
-LINEAR_LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]  # Megatron's names
 
 
 def add_adapter(model: Model, config: Any) -> None:
     """Freeze the model and put an adapter on `config.target_modules` (Megatron's names, or all-linear).
 
     The adapter starts as no change. Of `config.modules_to_save` and of a head of scores copies are trained, which stand in for
-    the modules. Raises ValueError when no layer has such a name.
+    the modules.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    targets = list(config.target_modules)
-    if "all-linear" in targets:
-        targets = LINEAR_LAYERS
-    unknown = sorted(set(targets) - set(LINEAR_LAYERS))
-    if unknown:
-        raise ValueError(f"target_modules {unknown}: choose from {', '.join(LINEAR_LAYERS)}, or all-linear")
+    targets = list(LINEAR_LAYERS if "all-linear" in config.target_modules else config.target_modules)
     whole = [*config.modules_to_save, *(["output_layer"] if model.head.kind == "seq_cls" else [])]
     settings = LoraConfig(
         r=config.lora_rank,
