@@ -117,11 +117,14 @@ def embedding_loss(
     the row's label. `in_batch`: infonce compares an anchor with the candidates of all rows. That and online_contrastive need
     `batch.batch_values` (what `embedding_values` gave): the whole global batch is compared, embeddings of other micro batches
     as constants, so gradients are those of the undivided batch (GradCache, Gao et al. 2021). With it `recall@1` is the share
-    of anchors, of rows that belong together, to which no candidate of the batch is nearer than their positive.
+    of anchors, of rows that belong together, to which no candidate of the batch is nearer than their positive. Without gradient
+    only this micro batch's anchors are compared; with it all are, for other anchors' losses move this micro batch's candidates.
 
     `mrl_dims` {D: weight}: the weighted sum of the losses of embeddings cut to their first D numbers and normalised again
     (Matryoshka representation learning, Kusupati et al. 2022, eq. 1); a recall is of whole ones.
     """
+    import torch
+
     own = batch.sequence_weights != 0
     share = batch.sequence_weights[own & (batch.targets[:, 0] == ANCHOR)].sum()
     values = embedding_values(embeddings, batch)[own]
@@ -129,23 +132,32 @@ def embedding_loss(
     assert whole or not in_batch and loss_type != "online_contrastive", f"{loss_type} needs the embeddings of the whole batch"
     everything = batch.batch_values.index_put((batch.keys[own],), values) if whole else values
     anchors, candidates, positive_of, anchor_of, labels = _compared(everything)
+    is_own = (
+        everything.new_zeros(len(everything)).index_fill(0, batch.keys[own], 1) if whole else everything.new_ones(len(values))
+    )
+    own_rows = is_own[_is_anchor(everything)].nonzero()[:, 0]
+    all_rows = loss_type == "online_contrastive" or in_batch and values.requires_grad
+    rows = torch.arange(len(anchors), device=anchors.device) if all_rows else own_rows
 
     def losses_of(anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         if loss_type == "infonce":
-            return infonce_losses(anchors, candidates, positive_of, anchor_of=None if in_batch else anchor_of, **options)
-        return PAIR_LOSSES[loss_type](anchors, candidates[positive_of], labels)
+            owner = None if in_batch else anchor_of
+            return infonce_losses(anchors, candidates, positive_of, wanted=rows, anchor_of=owner, **options)
+        return PAIR_LOSSES[loss_type](anchors[rows], candidates[positive_of[rows]], labels[rows])
 
     if mrl_dims:
         losses = sum(weight * losses_of(cut(anchors, dim), cut(candidates, dim)) for dim, weight in mrl_dims.items())
     else:
         losses = losses_of(anchors, candidates)
+    if all_rows:
+        loss = share_of(losses.sum() if loss_type == "online_contrastive" else losses.mean(), share)
+    else:
+        loss = losses.sum() * share / max(len(losses), 1)
     if not whole:
-        return losses.sum() * share / max(len(losses), 1), {}
-    total = losses.sum() if loss_type == "online_contrastive" else losses.mean()
-    is_own = everything.new_zeros(len(everything)).index_fill(0, batch.keys[own], 1)[_is_anchor(everything)]
+        return loss, {}
     related = labels > 0.5
-    hits = nearest_is_positive(anchors.detach(), candidates.detach(), positive_of) & related
-    return share_of(total, share), {"recall@1": (hits * is_own).sum() / related.sum().clamp(min=1)}
+    hits = nearest_is_positive(anchors[own_rows].detach(), candidates.detach(), positive_of[own_rows]) & related[own_rows]
+    return loss, {"recall@1": hits.sum() / related.sum().clamp(min=1)}
 
 
 def cut(embeddings: torch.Tensor, dim: int) -> torch.Tensor:

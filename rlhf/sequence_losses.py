@@ -21,6 +21,7 @@ def infonce_losses(
     candidates: torch.Tensor,
     positive_of: torch.Tensor,
     *,
+    wanted: torch.Tensor | None = None,
     temperature: float = 0.1,
     anchor_of: torch.Tensor | None = None,
     mask_fake_negative: bool = False,
@@ -28,10 +29,10 @@ def infonce_losses(
     include_qq: bool = False,
     include_dd: bool = False,
 ) -> torch.Tensor:
-    """Cross entropy of each anchor's positive among its candidates, [N] (InfoNCE, van den Oord et al. 2018, eq. 4).
+    """Cross entropy of each wanted anchor's positive among its candidates, [W] (InfoNCE, van den Oord et al. 2018, eq. 4).
 
     anchors [N, D], candidates [M, D]: embeddings, compared by dot product (of unit vectors: the cosine) / temperature.
-    positive_of [N] int64: the row of each anchor's positive in candidates.
+    positive_of [N] int64: the row of each anchor's positive in candidates. wanted [W] int64: rows of anchors; None: all.
 
     anchor_of None (INFONCE_USE_BATCH): every candidate counts for every anchor. DEPENDS ON THE WHOLE BATCH: give the
     anchors and candidates of all data-parallel ranks, those of other ranks without gradient; gradients then add up over
@@ -44,16 +45,18 @@ def infonce_losses(
     import torch
     from torch.nn.functional import cross_entropy
 
-    rows = torch.arange(len(anchors), device=anchors.device)
-    scores = anchors @ candidates.T  # [N, M]
+    everyone = torch.arange(len(anchors), device=anchors.device)
+    rows = (everyone if wanted is None else wanted)[:, None]  # [W, 1]
+    queries, positive_of = anchors[rows[:, 0]], positive_of[rows[:, 0]]
+    scores = queries @ candidates.T  # [W, M]
     if anchor_of is not None:
         if mask_fake_negative or include_qq or include_dd:
             raise ValueError("mask_fake_negative, include_qq and include_dd need in-batch negatives: leave out anchor_of")
-        return cross_entropy(_hidden(scores, anchor_of != rows[:, None]) / temperature, positive_of, reduction="none")
-    ceiling = scores.detach()[rows, positive_of].unsqueeze(1) + fake_neg_margin
+        return cross_entropy(_hidden(scores, anchor_of != rows) / temperature, positive_of, reduction="none")
+    ceiling = scores.detach().gather(1, positive_of[:, None]) + fake_neg_margin
     compared = [scores]
     if include_qq:
-        compared.append(_hidden(anchors @ anchors.T, rows == rows[:, None]))
+        compared.append(_hidden(queries @ anchors.T, everyone == rows))
     if mask_fake_negative:
         compared = [_hidden(block, block > ceiling) for block in compared]
     if include_dd:

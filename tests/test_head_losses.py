@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.head_losses import (
     classification_loss,
@@ -105,3 +106,26 @@ def test_only_pairs_that_belong_together_count_for_the_recall():
     _, metrics = embedding_loss(embeddings, batch(targets, [0.5] * 4, values=whole), loss_type="contrastive")
     assert metrics["recall@1"].item() == 1.0
     assert embedding_loss(embeddings, micro_batch, loss_type="contrastive")[1] == {}
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_held_out_rows_in_parts_give_the_loss_of_all_and_no_comparison_is_made_twice(in_batch):
+    """Four rows of an anchor, its positive and a negative; the multiplications of all parts together are those of one."""
+    embeddings = torch.nn.functional.normalize(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    targets, weights = [[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]] * 4, [0.25] * 12
+    whole = embedding_values(embeddings, batch(targets, weights))
+    options = {"include_qq": True, "include_dd": True, "mask_fake_negative": True} if in_batch else {}
+    found = []
+    for split in ([range(12)], [range(3), range(3, 12)], [range(start, start + 3) for start in (0, 3, 6, 9)]):
+        loss = 0.0
+        with FlopCounterMode(display=False) as counter:
+            for part in map(list, split):
+                micro_batch = batch([targets[i] for i in part], [0.25] * len(part), keys=part, values=whole)
+                loss += embedding_loss(embeddings[part], micro_batch, loss_type="infonce", in_batch=in_batch, **options)[0].item()
+        found.append((loss, counter.get_total_flops()))
+    assert found[0][1] > 0
+    assert [flops for _, flops in found] == [found[0][1]] * 3
+    assert [loss for loss, _ in found] == pytest.approx([found[0][0]] * 3)
+    micro_batch = batch(targets, weights, values=whole)
+    trained, _ = embedding_loss(embeddings.requires_grad_(), micro_batch, loss_type="infonce", in_batch=in_batch, **options)
+    assert found[0][0] == pytest.approx(trained.item())
