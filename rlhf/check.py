@@ -15,6 +15,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rlhf.cgroup import memory_limit
 from rlhf.devices import Devices, find_devices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,12 +177,13 @@ def machine_rows(devices: Devices) -> list[Row]:
 
 
 def free_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where /proc does not say."""
+    """Bytes that can be taken without swapping, at most a container's limit; None where /proc does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return min(filter(None, [free, memory_limit()]), default=None)
 
 
 def render(rows: Sequence[Row], devices: Devices) -> str:

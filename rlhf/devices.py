@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from rlhf.cgroup import cpu_quota, memory_limit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
@@ -16,7 +18,7 @@ class Devices:
     gpu_name: str
     memory: int  # bytes: of one GPU, or of the machine without GPUs
     cores: int
-    host_memory: int = 0  # bytes of the machine
+    host_memory: int = 0  # bytes of the machine, or of what a container may take
 
     @property
     def name(self) -> str:
@@ -24,9 +26,14 @@ class Devices:
 
 
 def find_devices() -> Devices:
-    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES lets through; otherwise cores and memory."""
+    """The GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES lets through; otherwise cores and memory.
+
+    Of a container, what it may use: as Ray counts CPUs, a part of one is not counted beside whole ones.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    listed, host = _gpus(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = min(cores, max(1, int(cpu_quota() or cores)))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    listed, host = _gpus(), min(host, memory_limit() or host)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         listed = listed[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]
