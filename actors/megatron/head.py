@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.weights.checkpoint_names import checkpoint_tensors
+from actors.weights.checkpoint_names import checkpoint_tensors, tensor_shapes
 from rlhf.heads import Head
 
 if TYPE_CHECKING:
@@ -41,15 +42,38 @@ def start_head(module: torch.nn.Module, head: Head, folder: Path, *, seed: int, 
 
 
 def load_safetensors(module: torch.nn.Module, head: Head, folder: Path) -> None:
-    """Fill the model from `folder`'s safetensors; a head that they do not have stays as it is."""
+    """Fill the model from `folder`'s safetensors; a head of scores that they do not have stays as it is.
+
+    Raises ValueError with the name of a tensor that this rank's part of the model needs and they do not have.
+    """
     bridge = module.config.bridge
-    key = bridge.hf_score_key
+    key, output = bridge.hf_score_key, bridge.hf_lm_head_key
+    has_own_output = head.has_output_matrix and module.config.untie_embeddings_and_output_weights and module.post_process
+    if has_own_output and output not in tensor_shapes(folder):  # mcore-bridge would leave it at random
+        raise _lacks(folder, output)
     if head.kind == "seq_cls":  # mcore-bridge would pad the labels as it pads a vocabulary for its tensor ranks
         bridge.hf_score_key = None
+    bridge._remove_prefix = partial(_Tensors, folder=folder)  # each tensor is read from a result of this
     bridge.load_weights([module], str(folder))
+    del bridge._remove_prefix
     bridge.hf_score_key = key
     if head.kind == "seq_cls" and module.post_process and key in checkpoint_tensors(folder).required:
         module.output_layer.weight.data.copy_(_stored(folder, key))
+
+
+class _Tensors(dict):
+    """The tensors of a folder with a prefix, by the rest of their names; a missing one is refused by its whole name."""
+
+    def __init__(self, tensors: dict[str, Any], prefix: str, *, folder: Path):
+        super().__init__({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        self.prefix, self.folder = getattr(tensors, "prefix", "") + prefix, folder
+
+    def __missing__(self, name: str) -> None:
+        raise _lacks(self.folder, self.prefix + name)
+
+
+def _lacks(folder: Path, name: str) -> ValueError:
+    return ValueError(f"{folder} has no tensor {name}, which the model of its config.json needs: get its safetensors anew")
 
 
 def last_token_values(outputs: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
