@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.8
-STARTS = 12  # of a process before another takes its place
+GRADIENT_HOOK = "DistributedDataParallel._make_backward_post_hook.<locals>.hook"
 
 
 def policy_config(model: Path, **options: Any) -> SimpleNamespace:
@@ -105,6 +106,8 @@ def policy_config(model: Path, **options: Any) -> SimpleNamespace:
 class PolicyHost:
     """A process that holds one rank after another."""
 
+    held: Any = None
+
     def start(self, config: Any, rank: int, world_size: int, kind: str = "Policy", role: str | None = None) -> None:
         from actors.exporter import Exporter
         from actors.frozen import Frozen
@@ -119,6 +122,11 @@ class PolicyHost:
 
         if "megatron.core" not in sys.modules:
             return
+        self.held = None
+        for function in gc.get_objects():  # Megatron's hooks are held by what they hold, past C++, where no collection looks
+            if isinstance(function, FunctionType) and function.__qualname__ == GRADIENT_HOOK:
+                for cell in function.__closure__:
+                    del cell.cell_contents
         import torch.distributed as dist
         from megatron.core import parallel_state
 
@@ -169,19 +177,11 @@ class Hosts:
     """The processes of a test session; `start` makes them a group."""
 
     actors: list[Any]
-    gpus: float = 0
-    starts: int = 0
 
-    def start(self, config: Any, size: int, *, kind: str = "Policy", frozen: str | None = None, keep: bool = False) -> Group:
-        """`frozen`: the role of ranks that only score, reference or teacher. `keep`: what the last group has put stays."""
+    def start(self, config: Any, size: int, *, kind: str = "Policy", frozen: str | None = None) -> Group:
+        """`frozen`: the role of ranks that only score, reference or teacher."""
         import ray
 
-        self.starts += 1
-        if self.starts >= STARTS and not keep:  # threads of gloo's, some 20 of each start, never end
-            self.starts = 0
-            for actor in self.actors:
-                ray.kill(actor)
-            self.actors = start_hosts(len(self.actors), gpus=self.gpus).actors
         used = self.actors[:size]
         ray.get([actor.start.remote(config, rank, size, "Frozen" if frozen else kind, frozen) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
@@ -247,7 +247,7 @@ def start_hosts(count: int, *, gpus: float = 0) -> Hosts:
     import ray
 
     kind = ray.remote(PolicyHost).options(num_cpus=1, num_gpus=gpus)
-    return Hosts(actors=[kind.remote() for _ in range(count)], gpus=gpus)
+    return Hosts(actors=[kind.remote() for _ in range(count)])
 
 
 def random_rows(count: int, *, seed: int = 0, longest: int = 40, vocabulary: int = 512) -> RowTokens:

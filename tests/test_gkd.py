@@ -63,7 +63,7 @@ def distil(hosts, models, rows, tmp_path_factory):
         key = (*layout.items(), top_k)
         if key not in teachers:
             config = policy_config(models["student"], task="gkd", teacher=role(models["teacher"], **layout))
-            group = hosts.start(config, 2 if layout else 1, frozen="teacher", keep=True)
+            group = hosts.start(config, 2 if layout else 1, frozen="teacher")
             teachers[key] = token_logits(group, rows, top_k)
         return teachers[key]
 
@@ -99,7 +99,7 @@ def token_logits(group, rows, top_k: int | None, reference: bool = False) -> lis
 def step(hosts, models, rows, folder, split, options, refs, source) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     settings = {"lr": LR, "lr_decay_style": "constant", "weight_decay": 0.0, "clip_grad": 0.0, "adam_eps": 1.0}
     ranks = split[0] * options.get("tensor_model_parallel_size", 1) * options.get("pipeline_model_parallel_size", 1)
-    group = hosts.start(policy_config(models["student"], task="gkd", **settings, **options), ranks, keep=True)
+    group = hosts.start(policy_config(models["student"], task="gkd", **settings, **options), ranks)
     loss = partial(gkd_loss, sft_alpha=options["sft_alpha"])
     shards = shards_of(rows, ray.put(rows if source is None else source), SPLITS[split])
     metrics = group.train_step(shards, loss, None, None, None, refs)
@@ -206,7 +206,7 @@ def test_sampled_responses_are_rows_whose_logprobs_are_compared_with_the_engines
 
 def test_a_policy_with_an_adapter_is_its_own_teacher(hosts, models, rows):
     config = policy_config(models["student"], task="gkd", tuner_type="lora", lr=1e-2, temperature=TEMPERATURE)
-    group = hosts.start(config, 1, keep=True)
+    group = hosts.start(config, 1)
     shards = shards_of(rows, ray.put(rows), SPLITS[1, 2])
     before = token_logits(group, rows, None, reference=True)
     assert group.train_step(shards, gkd_loss, None, None, None, before)["loss"] == pytest.approx(0, abs=1e-7)
@@ -221,7 +221,7 @@ def test_a_policy_with_an_adapter_is_its_own_teacher(hosts, models, rows):
 def test_only_trained_tokens_are_kept_in_the_models_dtype(hosts, models, rows):
     """[N, V] of 2 bytes in bfloat16; of the 5 likeliest 4 bytes for each id and each logit."""
     config = policy_config(models["student"], task="gkd", torch_dtype="bfloat16", teacher=role(models["teacher"], **TP2))
-    group = hosts.start(config, 2, frozen="teacher", keep=True)
+    group = hosts.start(config, 2, frozen="teacher")
     trained = int(sum(mask.sum() for mask in rows.loss_masks))
     parts = [ray.get(list(ray.get(part).values())) for part in token_logits(group, rows, None)]
     assert [sum(kept.values.nbytes for kept in part) for part in parts] == [2 * trained * PADDED // 2] * 2

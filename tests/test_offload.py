@@ -73,7 +73,7 @@ def test_a_teacher_that_waits_in_host_memory_gives_the_same_logits_again_and_aga
     def group_of(offload: bool):
         role.tensor_model_parallel_size = layout.get("tensor_model_parallel_size")
         config = policy_config(model, task="gkd", teacher=role, offload_teacher_model=offload, offload_model=True)
-        return hosts.start(config, 1 + bool(layout), frozen="teacher", keep=True)
+        return hosts.start(config, 1 + bool(layout), frozen="teacher")
 
     def held(group) -> list[int]:
         return ray.get([actor.weight_bytes.remote() for actor in group.actors])

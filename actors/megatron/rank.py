@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -206,6 +207,12 @@ class MegatronRank:
         if megatron is not None:
             require_megatron(megatron)
         self.platform = start_platform()
+        from actors.megatron.checkpoint import load_model, load_weights
+        from actors.megatron.model import build_model, split_options
+        from actors.megatron.offload import Offload
+
+        gc.collect()
+        gc.freeze()  # what libraries made lives on: to look through it takes most of a second, at each of Megatron's collections
         tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
         has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
         sizes = ParallelSizes(
@@ -225,10 +232,6 @@ class MegatronRank:
             seed=config.seed,
             timeout=config.call_timeout,
         )
-        from actors.megatron.checkpoint import load_model, load_weights
-        from actors.megatron.model import build_model, split_options
-        from actors.megatron.offload import Offload
-
         self.model_options, self.optimizer_options, self.ddp_options = split_options(config.megatron)
         self.model = build_model(config, model, sizes, self.platform, self.model_options, head)
         if megatron is None:
