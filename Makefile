@@ -15,10 +15,10 @@ gsm8k: setup
 	$(BIN)/python configs/gsm8k/run.py $(DATA)
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-all: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
+	$(BIN)/python -m pytest --durations=40
 
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu

@@ -6,6 +6,7 @@ rank last reported.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -41,7 +42,7 @@ class LongWait:
     def __exit__(self, *_: object) -> None:
         self.longest[self.call] = max(self.longest.get(self.call, 0.0), time.monotonic() - self.start)
 
-    def patience(self, left: float) -> float:
+    def patience(self, left: float = math.inf) -> float:
         """Seconds to wait before `tell`, at most `left`."""
         return max(min(left, self.start + self.next - time.monotonic()), 0)
 

@@ -95,7 +95,7 @@ class Checkpoints:
 
         A corrupt or incomplete one is named with its fault, and the newest good one before it in the same run is taken.
         Raises ValueError when the folder does not exist, when no checkpoint is good, or when it is of another task or has no
-        optimizer state.
+        optimizer state, unless `no_load_optim` asks for none.
         """
         asked = self.config.resume_from_checkpoint
         if asked is None:
@@ -112,8 +112,6 @@ class Checkpoints:
         raise ValueError(f"resume_from_checkpoint {asked}: no usable checkpoint in {candidates[-1].parent}")
 
     def _resume(self, folder: Path) -> Checkpoint:
-        """Read it. Later checkpoints of this run belong to a course that is now left: they are kept under another name,
-        so that a later `auto` does not take them, until this course has saved as many steps."""
         saved = json.loads((folder / CONTROLLER).read_text(encoding="utf-8"))
         own, task = self.config.task, saved["config"]["task"]
         if task != own:
@@ -121,10 +119,11 @@ class Checkpoints:
                 f"{folder} is of a run of {task}, this one is {own}: start a new run from its weights: --model {folder}, without "
                 "--resume_from_checkpoint and under another --run_name"
             )
-        if saved["config"]["no_save_optim"]:
+        if saved["config"]["no_save_optim"] and not self.config.no_load_optim:
             raise ValueError(
                 f"{folder} was saved with no_save_optim: without optimizer state a run cannot be continued exactly. "
-                f"Start a new run from its weights: --model {folder}, without --resume_from_checkpoint"
+                f"Start a new run from its weights: --model {folder}, without --resume_from_checkpoint; --no_load_optim true "
+                "goes on with a new optimizer"
             )
         if saved["step"] % updates(self.config):
             before = " ".join(f"--{name} {saved['config'][name]}" for name in ("steps_per_generation", "num_iterations"))
@@ -133,18 +132,23 @@ class Checkpoints:
                 f"num_iterations {self.config.num_iterations} = {updates(self.config)} optimizer steps a generation: give "
                 f"{before}, as it was saved with, or start a new run: --model {folder}, without --resume_from_checkpoint"
             )
-        same_run = folder.parent == self.folder
-        if same_run:
-            for later in [other for other in complete(self.folder) if step_of(other) > saved["step"]]:
-                replaced = later.with_name(later.name + ".replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                later.rename(replaced)
-                print(f"{later} is not continued: renamed to {replaced.name}, which a save at that step or later deletes")
-            self._saved_step = saved["step"]
         print(f"resuming from {folder}, step {saved['step']}")
-        offsets = saved["offsets"] if same_run else {}
-        self.restored = saved["state"]
+        offsets = saved["offsets"] if folder.parent == self.folder else {}
+        self.restored, self._saved_step = saved["state"], saved["step"]
         return Checkpoint(step=saved["step"], folder=folder, state=saved["state"], offsets=offsets)
+
+    def leave_later(self, resumed: Checkpoint) -> None:
+        """Later checkpoints of the run that goes on belong to a course that is now left.
+
+        They are kept under another name, so that a later `auto` does not take them, until this course has saved as many steps.
+        """
+        if resumed.folder.parent != self.folder:
+            return
+        for later in [other for other in complete(self.folder) if step_of(other) > resumed.step]:
+            replaced = later.with_name(later.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            later.rename(replaced)
+            print(f"{later} is not continued: renamed to {replaced.name}, which a save at that step or later deletes")
 
     def left(self) -> str:
         """What a run that ends now has saved, and how it goes on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.group import LongWait
 from rlhf.config import Config
 from rlhf.counts import own_places, samples, teacher_engines, teacher_places, teacher_width
 from rlhf.data import DataFailure
@@ -134,10 +136,12 @@ class Cluster:
 
     def answer(self, ref: ray.ObjectRef | list[ray.ObjectRef], what: str) -> Any:
         """What a call, or each of several, gives within call_timeout. DataFailure otherwise, or when its actor died."""
+        limit = f"call_timeout, {self.config.call_timeout:.0f} s"
         try:
-            return ray.get(ref, timeout=self.config.call_timeout)
+            with LongWait(what, lambda: f"  it may take {limit}") as news:
+                return news.get(ref, time.monotonic() + self.config.call_timeout)
         except ray.exceptions.GetTimeoutError:
-            raise DataFailure(f"{what} did not finish within call_timeout, {self.config.call_timeout:.0f} s") from None
+            raise DataFailure(f"{what} did not finish within {limit}: raise it") from None
         except ray.exceptions.RayActorError as error:
             raise DataFailure(f"{what} failed: {error}") from error
 

@@ -222,7 +222,9 @@ class ParallelOptions:
 class BatchOptions:
     """Batches and length of the run"""
 
-    micro_batch_size: int = option(1, "sequences of one forward pass on one DP rank", least=1)
+    micro_batch_size: int = option(
+        1, "responses or rows (a pair, a query with its documents, is one) of one forward pass on one DP rank", least=1
+    )
     global_batch_size: int = option(16, "responses (grpo), pairs (dpo, rm) or rows of an optimizer step, on all ranks", least=1)
     micro_batch_tokens: int | None = own(
         None, "token budget of a packed micro batch (default: micro_batch_size sequences instead)", least=1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.group import first_line
+from actors.group import LongWait, first_line
 
 if TYPE_CHECKING:
     from rlhf.records import Prompt, RowSummary
@@ -110,11 +111,12 @@ class _Stream:
 
     def _wait(self, refs: list[ray.ObjectRef]) -> None:
         call = f"`{self.method}` at position {self.position}"
-        done, _ = ray.wait(refs, num_returns=len(refs), timeout=self.timeout, fetch_local=False)
-        if len(done) < len(refs):
-            raise DataFailure(f"the data worker did not finish {call} within {self.timeout:.0f} s; it reports: {self._report()}")
         try:
-            ray.get(refs[-1])  # the small one: an actor's error is in each
+            with LongWait(f"the data worker's `{self.method}`", self._report) as news:
+                news.get(refs[-1], time.monotonic() + self.timeout)  # the small one: it comes with the others, as an error does
+        except ray.exceptions.GetTimeoutError:
+            late = f"the data worker did not finish {call} within {self.timeout:.0f} s; it reports: {self._report()}"
+            raise DataFailure(late) from None
         except ray.exceptions.RayActorError as error:
             raise DataFailure(f"the data worker died during {call}: {first_line(error)}") from error
 

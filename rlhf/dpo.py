@@ -25,10 +25,11 @@ def train_dpo(config: Config, roles: Roles, *, checkpoints: Checkpoints, **run: 
         policy = roles.policy
         shards = row_shards(batch, config, data_size=policy.data_size, weigh="rows")
         ref = reference_logprobs(config, roles, batch)
+        whole, moves_mean = config.loss_type in WHOLE_BATCH_LOSS_TYPES, config.loss_type == "bco_pair" and training
         sums = None
-        if config.loss_type in (*WHOLE_BATCH_LOSS_TYPES, "bco_pair"):
+        if whole or moves_mean:
             sums = policy.on_shards_refs("sequence_values", shards, partial(logprob_sums, ld_alpha=config.ld_alpha), ref)
-        if config.loss_type == "bco_pair" and training:
+        if moves_mean:
             mean = mean.updated(config.beta * fmean(float(own - other) for own, other in merged(sums).values()))
         loss = partial(
             dpo_loss,
@@ -44,6 +45,6 @@ def train_dpo(config: Config, roles: Roles, *, checkpoints: Checkpoints, **run: 
             mean_chosen_length=batch.only(0).trained_tokens / batch.num_rows,
             delta=mean.mean,
         )
-        return Update(shards=shards, loss=loss, ref=ref, batch_values=sums)
+        return Update(shards=shards, loss=loss, ref=ref, batch_values=sums if whole else None)
 
     train_on_rows(config, roles, prepare, checkpoints=checkpoints, state=lambda: {"reward_mean": vars(mean)}, **run)

@@ -105,7 +105,7 @@ def dpo_loss(
     A loss that depends on all pairs takes those of other micro batches, as constants, from `batch.batch_values`.
     """
     sums, ref_sums = logprob_sums(logprobs, batch, ld_alpha=ld_alpha).unbind(1)
-    counted, lengths = batch.sequence_weights, sequence_sums(batch.loss_mask, batch)
+    counted, lengths = batch.sequence_weights, sequence_sums(batch.loss_mask != 0, batch)
     whole = loss_type in WHOLE_BATCH_LOSS_TYPES
     pairs = [pairs_of(values) for values in (sums, ref_sums.detach(), lengths)]
     if whole:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.group import RankGroup, first_line
+from actors.group import LongWait, RankGroup, first_line
 from rlhf.batching import row_shards
 from rlhf.counts import reward_names
 from rlhf.data import DataFailure, RowBatch
@@ -48,7 +49,8 @@ class ModelReward:
     def _encoded(self, summary: ray.ObjectRef) -> RowSummary:
         """What the data worker says of the responses. DataFailure when it does not in call_timeout, or has died."""
         try:
-            return ray.get(summary, timeout=self.config.call_timeout)
+            with LongWait("encoding the responses for the reward model", lambda: "  in the data worker") as news:
+                return news.get(summary, time.monotonic() + self.config.call_timeout)
         except ray.exceptions.GetTimeoutError:
             timeout = f"{self.config.call_timeout:g} s (call_timeout)"
             raise DataFailure(f"the data worker did not encode the responses for the reward model within {timeout}") from None

@@ -19,9 +19,9 @@ def check_rewards(config: Config) -> None:
     if "soft_overlong" in config.reward_funcs:
         if config.soft_cache_length is None:
             raise ValueError("reward soft_overlong needs --soft_cache_length")
-        if config.soft_cache_length > config.soft_max_length:
+        if config.soft_cache_length >= config.soft_max_length:
             raise ValueError(
-                f"soft_cache_length {config.soft_cache_length} is more than soft_max_length {config.soft_max_length}"
+                f"soft_cache_length {config.soft_cache_length} must be below soft_max_length {config.soft_max_length}"
             )
 
 
@@ -31,6 +31,11 @@ def check_signal(config: Config) -> None:
         raise ValueError("num_generations 1 gives every response advantage 0: use at least 2")
     if config.temperature == 0:
         raise ValueError("temperature 0 gives a prompt's responses no difference to learn from: use 1, say")
+    if config.delta is not None and config.delta <= 1 + config.epsilon_high:
+        raise ValueError(
+            f"delta {config.delta:g} caps the ratio at or below the clip at 1 + epsilon_high = {1 + config.epsilon_high:g}, and "
+            "at 1 good responses teach nothing: give a larger one, 4 is usual"
+        )
     if config.loss_type == "cispo" and config.epsilon_high < 1:
         raise ValueError(
             f"loss_type cispo caps the ratio at epsilon_high itself: {config.epsilon_high:g} would shrink every gradient; "

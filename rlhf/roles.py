@@ -32,7 +32,8 @@ from rlhf.teacher_responses import complete_responses
 if TYPE_CHECKING:
     from rlhf.cluster import Cluster
 
-SETUP = "the data worker's setup"
+SETUP = "the data worker's setup (--dataset_num_proc: more processes for it)"
+TEACHER_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_completion_length", "stop_words")  # of seq_kd
 
 
 @dataclass(kw_only=True)
@@ -178,7 +179,9 @@ def _answer_by_teacher(cluster: Cluster, data_worker: Any, info: DatasetInfo, fo
     prompts = PromptStream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
     excess = excess_ids(config.model, cluster.config.model)
     generate = partial(engines.generate, sampling={"excluded_ids": excess})
-    responses = complete_responses(folder, prompts.batch_at, generate, count=count)
+    way = {"teacher.model": str(Path(config.model).resolve())}
+    way |= {name: getattr(config, name) for name in TEACHER_SAMPLING}
+    responses = complete_responses(folder, prompts.batch_at, generate, count=count, way=way)
     cluster.answer(data_worker.adopt.remote(responses), "adopting the teacher's responses")
     for engine in engines.engines:
         ray.kill(engine)

@@ -160,6 +160,7 @@ def train(cluster: Cluster, folder: Path, checkpoints: Checkpoints, resumed: Che
         roles.policy.on_all("load", str(resumed.folder))
         if roles.rollout is not None:
             roles.rollout.version = resumed.state.get("weight_version", 0)  # none when it was saved without engines
+        checkpoints.leave_later(resumed)
     record = RunLog(folder, config, total_steps=total, timers=roles.timers(), constants=cluster.predicted, resume=resumed)
     with closing(record) as log:
         loops[config.task](config, roles, log=log, checkpoints=checkpoints, start=start, total=total)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from actors.group import LongWait
 from rewards.calling import Failure, Outcome, Request
 from rlhf.counts import reward_names
 from rlhf.records import Group, Score
@@ -103,8 +104,10 @@ class Scorer:
 
     def wait_until_ready(self) -> None:
         """Return when every worker has loaded its functions. Raises ScoringError."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.error or self.ready == len(self.workers))
+        loading = LongWait("loading the reward functions", lambda: f"  {self.ready} of {len(self.workers)} workers have")
+        with self.changed, loading as news:
+            while not self.changed.wait_for(lambda: self.error or self.ready == len(self.workers), timeout=news.patience()):
+                news.tell()
             self._raise_error()
 
     def score(self, groups: Iterable[Group], step: int) -> list[tuple[Group, Score]]:
@@ -117,8 +120,9 @@ class Scorer:
             for group in groups:
                 self._add(current, group)
             start = time.monotonic()
-            with self.changed:
-                self.changed.wait_for(lambda: self.error or not current.open_outcomes)
+            with self.changed, LongWait("scoring", lambda: f"  {current.open_outcomes} rewards are missing") as news:
+                while not self.changed.wait_for(lambda: self.error or not current.open_outcomes, timeout=news.patience()):
+                    news.tell()
                 self._raise_error()
             if self.model is not None:
                 scores = self.model.score([group for group, _ in current.outcomes])

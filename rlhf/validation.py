@@ -110,6 +110,8 @@ def _check_loss(config: Config) -> None:
         raise ValueError(f"beta 0 would make {config.task} learn nothing: it scales the rewards; 0.1 is usual")
     if config.task == "kto" and config.loss_type == "kto" and config.global_batch_size < 2:
         raise ValueError("loss_type kto pairs each prompt with another row's response: global_batch_size must be 2 or more")
+    if config.task == "dpo" and config.loss_type == "robust" and config.label_smoothing == 0.5:
+        raise ValueError("loss_type robust: with label_smoothing 0.5 the preferences say nothing; choose one below")
 
 
 def _notes(config: Config, shape: ModelShape) -> list[str]:
@@ -129,6 +131,12 @@ def _notes(config: Config, shape: ModelShape) -> list[str]:
         )
     if config.kl_in_reward and not config.beta:
         notes.append("kl_in_reward has no effect with beta 0")
+    of_ratio = config.delta is not None or config.importance_sampling_level != "token"
+    if config.task == "grpo" and of_ratio and updates(config) == 1:
+        notes.append(
+            "delta and importance_sampling_level have no effect with one optimizer step a generation, when the policy is still "
+            "what it was sampled from: steps_per_generation or num_iterations above 1 makes them matter"
+        )
     if samples(config) and config.max_length and shape.max_length:
         longest, limit = config.max_length + config.max_completion_length, config.vllm_max_model_len or shape.max_length
         if longest > limit and config.max_length < shape.max_length:

@@ -119,9 +119,24 @@ def test_no_good_checkpoint_is_an_error(tmp_path):
 
 def test_later_checkpoints_are_set_aside_when_an_earlier_one_is_continued(tmp_path):
     folder = saved_run(tmp_path, (10, 20, 30))
-    assert find(tmp_path, folder / "checkpoint-10").step == 10
+    options = config(tmp_path, resume_from_checkpoint=str(folder / "checkpoint-10"))
+    checkpoints = Checkpoints(run_folder(options), options)
+    found = checkpoints.find()
+    assert found.step == 10
+    assert names(folder) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]  # the run may be refused yet
+    checkpoints.leave_later(found)
     assert names(folder) == ["checkpoint-10", "checkpoint-20.replaced", "checkpoint-30.replaced"]
     assert find(tmp_path).step == 10  # and `auto` does not go back to them
+
+
+def test_a_run_that_goes_on_from_another_ones_checkpoint_saves_at_its_own_multiples(tmp_path):
+    folder = saved_run(tmp_path, (10, 20))
+    options = config(tmp_path, run_name="other", resume_from_checkpoint=str(folder / "checkpoint-10"), save_steps=10)
+    checkpoints = Checkpoints(run_folder(options), options)
+    found = checkpoints.find()
+    checkpoints.leave_later(found)
+    assert [checkpoints.save_if_due(step, Disk(), {}) is not None for step in (11, 19, 20)] == [False, False, True]
+    assert names(folder) == ["checkpoint-10", "checkpoint-20"] and names(folder.parent / "other") == ["checkpoint-20"]
 
 
 def test_what_was_set_aside_is_deleted_once_this_course_has_saved_as_many_steps(tmp_path):
@@ -134,7 +149,7 @@ def test_what_was_set_aside_is_deleted_once_this_course_has_saved_as_many_steps(
             assert f"checkpoint-{step}.replaced" in names(folder)  # the only copy of that step until the new one is complete
 
     checkpoints = Checkpoints(run_folder(options), options)
-    checkpoints.find()
+    checkpoints.leave_later(checkpoints.find())
     checkpoints.save(20, Watched(), {})
     assert names(folder) == ["checkpoint-10", "checkpoint-20", "checkpoint-30.replaced"]
     checkpoints = Checkpoints(folder, options)  # started again
@@ -214,6 +229,7 @@ def test_a_checkpoint_without_optimizer_is_refused_with_what_to_do_instead(tmp_p
     folder = saved_run(tmp_path, (10,), no_save_optim=True)
     with pytest.raises(ValueError, match=f"no_save_optim.*--model {folder}/checkpoint-10"):
         find(tmp_path)
+    assert find(tmp_path, no_load_optim=True).step == 10
 
 
 @pytest.mark.parametrize("asked", ["auto", "checkpoint"])

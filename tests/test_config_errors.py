@@ -128,6 +128,8 @@ def test_words_that_are_not_understood(words, message):
         ("--num_generations 1", "num_generations 1 gives every response advantage 0: use at least 2"),
         ("--truncation_strategy right", "truncation_strategy right would cut the question's end: use left or delete"),
         ("--reward_funcs soft_overlong", "reward soft_overlong needs --soft_cache_length"),
+        ("--reward_funcs soft_overlong --soft_cache_length 9 --soft_max_length 9", "soft_cache_length 9 must be below soft_max_length 9"),
+        ("--delta 1.2", "delta 1.2 caps the ratio at or below the clip at 1 + epsilon_high = 1.2, and at 1 good responses teach nothing: give a larger one, 4 is usual"),
         ("--micro_batch_tokens 99 --micro_batch_size 2", "give --micro_batch_size or --micro_batch_tokens, not both: each sets what a micro batch holds"),
         ("--top_k 0", "top_k 0 leaves no token: use -1 for all"),
         ("--max_completion_length 2048", "max_completion_length 2048 leaves no room for a prompt: the model's limit is 2048 tokens"),

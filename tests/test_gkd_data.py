@@ -130,16 +130,19 @@ def test_the_teacher_is_asked_only_for_what_is_missing(local_ray, tmp_path):
             ids = np.array([prompt.index, 100], np.int32)
             tokens = GroupTokens(prompt_ids=prompt.token_ids, response_ids=(ids,), rollout_logprobs=(np.zeros(2, np.float32),))
             yield Group(
-                prompt=prompt, tokens=ray.put(tokens), texts=("yes",), finish_reasons=("stop",), response_lengths=(2,),
+                prompt=prompt, tokens=ray.put(tokens), texts=("yes\u2028no",), finish_reasons=("stop",), response_lengths=(2,),
                 weight_version=0,
             )  # fmt: skip
 
-    first = complete_responses(tmp_path, prompts, generate, count=3)
+    way = {"teacher.model": "/teacher", "temperature": 0.9}
+    first = complete_responses(tmp_path, prompts, generate, count=3, way=way)
     assert {position: ids.tolist() for position, ids in first.items()} == {i: [i, 100] for i in range(3)}
-    lines = (tmp_path / FILE).read_text().splitlines()
+    lines = (tmp_path / FILE).read_text().split("\n")
     (tmp_path / FILE).write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])  # killed while it wrote position 0
-    again = complete_responses(tmp_path, prompts, generate, count=5)
+    again = complete_responses(tmp_path, prompts, generate, count=5, way=way)
     assert asked == [0, 1, 2, 0, 3, 4]
     assert {position: ids.tolist() for position, ids in again.items()} == {i: [i, 100] for i in range(5)}
     with pytest.raises(ValueError, match="holds responses to other prompts"):
-        complete_responses(tmp_path, lambda start, count: prompts(start, count, shift=1), generate, count=2)
+        complete_responses(tmp_path, lambda start, count: prompts(start, count, shift=1), generate, count=2, way=way)
+    with pytest.raises(ValueError, match="by another teacher or sampling .* with the same .* teacher.model, temperature"):
+        complete_responses(tmp_path, prompts, generate, count=2, way=way | {"teacher.model": "/other"})

@@ -1,13 +1,14 @@
 """The losses against the papers' formulas written out sequence by sequence in plain Python."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from rlhf.batching import token_weights
-from rlhf.losses import grpo_loss, rollout_weights, sft_loss
+from rlhf.losses import dpo_loss, grpo_loss, rollout_weights, sft_loss
 from rlhf.records import MicroBatch
 
 ADVANTAGES = [0.9, -1.2, 0.4]
@@ -138,3 +139,15 @@ def test_sft_loss_is_the_weighted_cross_entropy():
     batch = micro_batch([0, 1], [0.1, 0.1, 0.1])
     logprobs = torch.tensor([x for i in (0, 1) for x in [-9.0] * PROMPT + NEW[i]])
     assert sft_loss(logprobs, batch)[0].item() == pytest.approx(-0.1 * (sum(NEW[0]) + sum(NEW[1])), abs=1e-6)
+
+
+def test_ipo_divides_by_the_number_of_tokens_whatever_they_weigh_in_other_losses():
+    batch = micro_batch([0, 1], [1.0, 1.0, 0.0], ref_logprobs=REF)
+    logprobs = torch.tensor([x for i in (0, 1) for x in [0.0] * PROMPT + NEW[i]])
+    losses = [
+        dpo_loss(logprobs, replace(batch, loss_mask=scale * batch.loss_mask), loss_type="ipo", beta=0.1, mean_chosen_length=3)[0]
+        for scale in (1, 2)
+    ]
+    margin = sum(NEW[0]) / 3 - sum(REF[0]) / 3 - sum(NEW[1]) / 5 + sum(REF[1]) / 5
+    assert losses[0].item() == pytest.approx((margin - 1 / 0.2) ** 2, rel=1e-5)
+    assert losses[0] == losses[1]

@@ -64,6 +64,20 @@ def test_a_checkpoint_continues_under_another_layout(hosts, model, rows, source,
     assert largest_difference(weights, uninterrupted) <= 2e-5
 
 
+def test_a_run_that_goes_on_has_the_rates_that_it_is_given(hosts, model, rows, source, from_tp2, tmp_path):
+    """Not the checkpoint's: a smaller step by as much, from the same moments."""
+    folder, expected = from_tp2
+    group = hosts.start(policy_config(model, lr=1e-4), 1)
+    group.call("load", str(folder / "step1"))
+    metrics = group.train_step(shards_of(rows, source, SPLITS[1]), nll_loss)
+    assert metrics["lr"] == pytest.approx(expected["lr"] / 10)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    group.call("save", str(tmp_path), 2)
+    start, there, here = (weights_of(path) for path in (folder / "step1", folder / "step2", tmp_path))
+    for name in start:
+        np.testing.assert_allclose(10 * (here[name] - start[name]), there[name] - start[name], atol=1e-5)
+
+
 def test_an_adapters_checkpoint_continues_under_another_layout(hosts, model, rows, source, tmp_path):
     """From 2 tensor ranks to 1 and to 2 stages: weights, Adam's moments and the next step differ by rounding alone."""
     shards, options = shards_of(rows, source, SPLITS[1]), LORA | {"lora_dropout": 0.0}

@@ -28,6 +28,7 @@ OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
+GIVEN = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")  # of a parameter group: what a run's options say
 
 
 def save_for_inference(model: Model, folder: Path, *, rank: int, merge: bool) -> None:
@@ -119,7 +120,8 @@ def load_weights(model: Model, folder: Path) -> None:
 def load_state(model: Model, training: Training, folder: Path, *, optimizer: bool, rng: bool) -> int:
     """Restore what `folder`/mcore holds, a collective; returns the step it was written at.
 
-    Without `optimizer` the moments and the schedule start anew, without `rng` the random states stay as they are. Raises
+    Learning rates and Adam's settings are the run's, not the checkpoint's. Without `optimizer` the moments and the schedule
+    start anew, without `rng` the random states stay as they are. Raises
     ValueError when it is of an adapter and the model has none, or the other way round, and when the optimizer's state is of
     experts that were split over ranks and now are not, or the other way round.
     """
@@ -141,7 +143,10 @@ def load_state(model: Model, training: Training, folder: Path, *, optimizer: boo
     loaded = dist_checkpointing.load(everything, source)
     _fill(model, loaded["model"])
     if optimizer:
+        given = [{name: group[name] for name in GIVEN if name in group} for group in training.optimizer.param_groups]
         training.optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(training.optimizer.param_groups, given, strict=True):
+            group.update(values)  # Megatron would take the checkpoint's
         training.scheduler.num_steps = 0
         training.scheduler.load_state_dict(loaded["scheduler"])
     else:
