@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.imports import lasting_imports
 from actors.progress import Progress
 from rlhf.records import Prompt, RowSummary, RowTokens
 
@@ -66,7 +67,7 @@ class DataWorker:
         from actors.dataset import load_rows
         from actors.encoding import Encoder
 
-        with self.progress.doing(f"importing ms-swift and loading the template of {config.model}"):
+        with lasting_imports(), self.progress.doing(f"importing ms-swift and loading the template of {config.model}"):
             logging.getLogger("swift").setLevel(logging.ERROR)
             encoder = Encoder(config)
         with self.progress.doing(f"loading {' '.join(config.dataset + config.val_dataset)}"):

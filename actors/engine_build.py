@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from actors.imports import lasting_imports
 from actors.weights.checkpoint_names import checkpoint_dtype
 
 if TYPE_CHECKING:
@@ -16,12 +17,18 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
+def import_engine() -> type[LLMEngine]:
+    """vLLM's engine, whose import takes long."""
+    with lasting_imports():
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine
+
+
 def build_engine(config: Any, index: int, load_weights: bool, sleeps: bool) -> LLMEngine:
     """The engine, in this process; the arguments are those of `RolloutEngine`."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    return LLMEngine.from_engine_args(_engine_args(config, index, load_weights, sleeps))
+    return import_engine().from_engine_args(_engine_args(config, index, load_weights, sleeps))
 
 
 def lora_request(folders: Sequence[str]) -> LoRARequest | None:

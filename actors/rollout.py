@@ -10,7 +10,6 @@ end it refuses to generate.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from actors.decoding import decode_batch
 from actors.device_memory import memory_explained
-from actors.engine_build import build_engine, lora_request
+from actors.engine_build import build_engine, import_engine, lora_request
 from actors.model_folder import require_model
 from actors.progress import Progress
 from actors.sampling import sampling_params
@@ -69,7 +68,7 @@ class RolloutEngine:
 
     async def load_libraries(self) -> None:
         """Import what takes long, while others use the GPU."""
-        await asyncio.to_thread(importlib.import_module, "vllm.v1.engine.llm_engine")
+        await asyncio.to_thread(import_engine)
 
     async def setup(self) -> int:
         """Build the engine; the process id."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.device_memory import memory_explained, peak_gib
+from actors.imports import lasting_imports
 from actors.model_folder import require_megatron, require_model
 from actors.progress import Progress
 from rlhf.config import FrozenRole
@@ -198,21 +199,21 @@ class MegatronRank:
         Its weights are the safetensors in its folder, or those of the Megatron checkpoint that the run starts from.
         """
         os.environ.setdefault("TQDM_DISABLE", "1")
-        from actors.megatron.parallel import ParallelSizes, start_process_group
-        from actors.megatron.platform import start_platform
-
         config = self.config
         model, megatron = role.model or config.model, None if role.model else config.mcore_model
         require_model(model)
         if megatron is not None:
             require_megatron(megatron)
-        self.platform = start_platform()
-        from actors.megatron.checkpoint import load_model, load_weights
-        from actors.megatron.model import build_model, split_options
-        from actors.megatron.offload import Offload
+        with lasting_imports():
+            from actors.megatron.platform import start_platform
 
-        gc.collect()
-        gc.freeze()  # what libraries made lives on: to look through it takes most of a second, at each of Megatron's collections
+            self.platform = start_platform()
+            import_module("mcore_bridge")
+            from actors.megatron.checkpoint import load_model, load_weights
+            from actors.megatron.model import build_model, split_options
+            from actors.megatron.offload import Offload
+            from actors.megatron.parallel import ParallelSizes, start_process_group
+
         tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
         has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
         sizes = ParallelSizes(
