@@ -122,6 +122,8 @@ class PolicyHost:
 
         if "megatron.core" not in sys.modules:
             return
+        if self.held is not None:
+            vars(self.held).clear()  # it came before its imports, so no collection would look at it
         self.held = None
         for function in gc.get_objects():  # Megatron's hooks are held by what they hold, past C++, where no collection looks
             if isinstance(function, FunctionType) and function.__qualname__ == GRADIENT_HOOK:
