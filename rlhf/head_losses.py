@@ -132,12 +132,12 @@ def embedding_loss(
     assert whole or not in_batch and loss_type != "online_contrastive", f"{loss_type} needs the embeddings of the whole batch"
     everything = batch.batch_values.index_put((batch.keys[own],), values) if whole else values
     anchors, candidates, positive_of, anchor_of, labels = _compared(everything)
-    is_own = (
-        everything.new_zeros(len(everything)).index_fill(0, batch.keys[own], 1) if whole else everything.new_ones(len(values))
-    )
-    own_rows = is_own[_is_anchor(everything)].nonzero()[:, 0]
+    own_rows = every_row = torch.arange(len(anchors), device=anchors.device)
+    if whole:
+        is_own = torch.zeros(len(everything), dtype=torch.bool, device=anchors.device).index_fill(0, batch.keys[own], True)
+        own_rows = every_row[is_own[_is_anchor(everything)]]
     all_rows = loss_type == "online_contrastive" or in_batch and values.requires_grad
-    rows = torch.arange(len(anchors), device=anchors.device) if all_rows else own_rows
+    rows = every_row if all_rows else own_rows
 
     def losses_of(anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         if loss_type == "infonce":

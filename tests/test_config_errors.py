@@ -37,6 +37,14 @@ def test_the_base_of_these_commands_is_accepted():
     assert load_config(["rlhf", *BASE.split()]).global_batch_size == 16
 
 
+def test_what_acts_on_a_ratio_is_noted_where_the_ratio_is_1(capsys):
+    words = f"rlhf {BASE} --importance_sampling_level sequence".split()
+    load_config(words)
+    assert "note: delta and importance_sampling_level have no effect with one optimizer step" in capsys.readouterr().err
+    load_config([*words, "--num_iterations", "2"])
+    assert "note" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -155,6 +163,7 @@ def test_settings_that_cannot_work(words, message):
         ("rlhf --rlhf_type grpo --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --micro_batch_tokens 9", "give --packing or --micro_batch_tokens, not both: each packs rows without padding"),
         ("sft --model m --dataset d --train_iters 1 --packing --packing_length 9 --max_length 10", "packing_length 9 is less than max_length 10: a row must fit"),
+        ("rlhf --model m --dataset d --train_iters 1 --loss_type robust --label_smoothing 0.5", "loss_type robust: with label_smoothing 0.5 the preferences say nothing; choose one below"),
         ("rlhf --model m --dataset d --train_iters 1 --discopop_tau 0.1", "--discopop_tau has no effect with loss_type sigmoid: leave it out, or give --loss_type discopop"),
         ("rlhf --model m --dataset d --train_iters 1 --f_alpha_divergence_coef 0.1", "--f_alpha_divergence_coef has no effect with f_divergence_type reverse_kl: leave it out, or give --f_divergence_type alpha_divergence"),
         ("infer", "--model is missing: a model folder, or a hub id such as Qwen/Qwen2.5-7B-Instruct, or --adapters CHECKPOINT"),

@@ -141,7 +141,9 @@ def test_a_run_is_that_of_a_teacher_on_the_policys_devices(models, tmp_path, log
     for name, layout in LAYOUTS[logits].items():
         own = options | {"teacher.own_devices": "true"} | layout
         run(*gkd(models, data, tmp_path, name, **own), log=tmp_path / f"{name}.log")
-        assert losses(tmp_path / name) == [pytest.approx(step, rel=1e-5) for step in expected], name
+        found = losses(tmp_path / name)
+        assert found[0] == pytest.approx(expected[0], abs=1e-6), name
+        assert found == [pytest.approx(step, rel=1e-5) for step in expected], name  # Adam divides by what rounding changed
 
 
 @pytest.mark.slow

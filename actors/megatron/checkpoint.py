@@ -121,9 +121,9 @@ def load_state(model: Model, training: Training, folder: Path, *, optimizer: boo
     """Restore what `folder`/mcore holds, a collective; returns the step it was written at.
 
     Learning rates and Adam's settings are the run's, not the checkpoint's. Without `optimizer` the moments and the schedule
-    start anew, without `rng` the random states stay as they are. Raises
-    ValueError when it is of an adapter and the model has none, or the other way round, and when the optimizer's state is of
-    experts that were split over ranks and now are not, or the other way round.
+    start anew, without `rng` the random states stay as they are. Raises ValueError when it is of an adapter and the model has
+    none, or the other way round, and when the optimizer's state is of experts that were split over ranks and now are not, or
+    the other way round.
     """
     from megatron.core import dist_checkpointing
 
