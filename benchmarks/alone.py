@@ -79,6 +79,25 @@ class EngineAlone:
         return time.monotonic() - start
 
 
+class DefaultAlone:
+    """vLLM as `LLM` drives it by default, each sampled token's logprob asked for."""
+
+    def __init__(self, folder: str, *, share: float, sequences: int):
+        """`share` of the GPU's memory, at most `sequences` at once."""
+        from vllm import LLM
+
+        self.engine = LLM(folder, gpu_memory_utilization=share, max_num_seqs=sequences)
+
+    def alone(self, prompts: list[list[int]], responses: int, tokens: int) -> float:
+        """Seconds to answer all prompts."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(n=responses, temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+        start = time.monotonic()
+        self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return time.monotonic() - start
+
+
 def random_shards(prompts: list[Any], responses: int, tokens: int, vocabulary: int, config: Any, data_size: int) -> list[Any]:
     """A global batch of `responses` random answers of `tokens` to each of `prompts`, for each data rank."""
     import numpy as np

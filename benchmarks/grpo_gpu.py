@@ -1,15 +1,15 @@
 """GRPO on GPUs: seconds of a step and of its phases, beside the floor of each phase, in one go. By itself on one, colocated.
 
-The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. Floors, each in a
-process that has the GPU to itself: vLLM driven by `LLM.generate(logprobs=0)`, as others do, and in-process without logprobs, its
-fastest way; Megatron's forward, backward and optimizer step on batches of the same sizes; a device copy of the weights.
-An engine's floors have its share of the prompts, Megatron's as many ranks as the run. "turns" is generation and push alone,
-with a policy that has no optimizer.
+The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. "run" is the
+program. "generation" has its engines take turns with vLLM driven by `LLM.generate(logprobs=0)`, as others do, and with vLLM
+in-process without logprobs, its fastest way. The other floors have the GPUs to themselves: Megatron's forward, backward and
+optimizer step on batches of the same sizes, with as many ranks as the run; a device copy of the weights. "turns" is generation
+and push alone, with a policy that has no optimizer.
 
 Two GPUs: `-- --vllm_mode server`, or `-- --nproc_per_node 2 --tensor_model_parallel_size 2 --sequence_parallel true
 --rollout.num_engines 2`.
 
-usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,default,fast,megatron,copy] [--out result.json]
+usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,generation,megatron,copy] [--out result.json]
                    [-- further options of the run]
 """
 
@@ -24,18 +24,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ |= {"RAY_ADDRESS": "local", "VLLM_PLUGINS": "", "HF_HUB_OFFLINE": "1"}
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
 
-from alone import EngineAlone, PolicyAlone, WeightsAlone, random_shards  # noqa: E402
+from alone import DefaultAlone, EngineAlone, PolicyAlone, WeightsAlone, random_shards  # noqa: E402
 from shapes import VOCABULARY, make_model, make_prompts  # noqa: E402
 
+if TYPE_CHECKING:
+    from rlhf.records import Prompt
+
 PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
-PARTS = ("run", "default", "fast", "megatron", "copy")  # "turns" is for shapes whose optimizer state does not fit
+PARTS = ("run", "generation", "megatron", "copy")  # "turns" is for shapes whose optimizer state does not fit
 
 
 def main() -> None:
@@ -106,32 +109,53 @@ def measure_make(arguments: argparse.Namespace) -> int:
     return count
 
 
-def measure_default(arguments: argparse.Namespace) -> list[float]:
-    """Seconds of `LLM.generate(logprobs=0)`, default settings."""
-    from vllm import LLM, SamplingParams
+def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the same work by the run's engines, by `LLM.generate(logprobs=0)` and by vLLM's fastest way.
 
+    They take turns on one GPU, each turn with prompts of its own: a CPU's speed changes from minute to minute. Of several
+    engines of the run the others have a GPU each, and the two floors answer one engine's share.
+    """
+    import ray
+
+    from actors.rollout import ENVIRONMENT, RolloutEngine
+    from rlhf.counts import rollout_engines
     from rlhf.options import load_config
+    from rlhf.rollout import RolloutEngines
 
-    config = load_config(options(arguments))
-    engine = LLM(str(arguments.work / "model"), gpu_memory_utilization=0.5, max_num_seqs=PROMPTS * RESPONSES)
-    params = SamplingParams(n=RESPONSES, temperature=1.0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=0)
-    seconds = []
-    for _ in range(2):
-        start = time.monotonic()
-        engine.generate([{"prompt_token_ids": ids} for ids in engine_prompts(config)], params, use_tqdm=False)
-        seconds.append(time.monotonic() - start)
+    config = load_config(options(arguments) + ["--vllm_gpu_memory_utilization", "0.28"])
+    count = rollout_engines(config)
+    ray.init(include_dashboard=False, logging_level="ERROR")
+
+    def start(kind: type, *values: Any, gpus: float = 0.3, env: dict[str, str] | None = None, **named: Any) -> Any:
+        return ray.remote(kind).options(num_gpus=gpus, runtime_env={"env_vars": env or {}}).remote(*values, **named)
+
+    def spawn(index: int) -> Any:
+        return start(RolloutEngine, config, env=ENVIRONMENT, gpus=1 if index else 0.3, index=index, load_weights=True)
+
+    rollout = RolloutEngines(spawn, num_engines=count, config=config)
+    rollout.setup()
+    fast = start(EngineAlone, config, 0, env=ENVIRONMENT)
+    ray.get(fast.__ray_ready__.remote())  # one after the other: each looks at what memory is free
+    default = start(DefaultAlone, config.model, share=0.28, sequences=PROMPTS * RESPONSES)
+    ray.get(default.__ray_ready__.remote())
+
+    def by_run(asked: list[list[int]], tokens: int) -> None:
+        list(rollout.generate(as_prompts(asked), n=RESPONSES, sampling={"max_completion_length": tokens}))
+
+    ways = {
+        "run": by_run,
+        "default": lambda asked, tokens: ray.get(default.alone.remote(asked[: PROMPTS // count], RESPONSES, tokens)),
+        "fast": lambda asked, tokens: ray.get(fast.alone.remote(asked[: PROMPTS // count], RESPONSES, tokens, None)),
+    }
+    for answer in ways.values():  # what is slow once
+        answer(prompts(0), 32)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1, 1 + arguments.steps):
+        for name, answer in ways.items():
+            begin = time.monotonic()
+            answer(prompts(turn), arguments.tokens)
+            seconds[name].append(time.monotonic() - begin)
     return seconds
-
-
-def measure_fast(arguments: argparse.Namespace) -> list[float]:
-    """Seconds of the same work by vLLM in this process, without logprobs."""
-    from actors.rollout import ENVIRONMENT
-    from rlhf.options import load_config
-
-    os.environ |= ENVIRONMENT
-    config = load_config(options(arguments))
-    engine = EngineAlone(config, 0)
-    return [engine.alone(engine_prompts(config), RESPONSES, arguments.tokens, None) for _ in range(2)]
 
 
 def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]:
@@ -157,38 +181,31 @@ def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]
 
 def measure_turns(arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Seconds of generation, push and switch, several times; with the memory in use."""
-    import numpy as np
     import ray
 
     from actors.group import RankGroup
-    from actors.rollout import ENVIRONMENT, RolloutEngine
+    from rlhf.cluster import Cluster
+    from rlhf.counts import policy_ranks, rollout_engines
+    from rlhf.engines import build_engines
     from rlhf.options import load_config
-    from rlhf.records import Prompt
-    from rlhf.rollout import RolloutEngines
 
     words = options(arguments) + ["--tuner_type", "lora", "--offload_optimizer", "false"]  # no optimizer state is planned for
     config = load_config(words)
-    ray.init(include_dashboard=False, logging_level="ERROR")
-    kind = ray.remote(concurrency_groups={"report": 1})(WeightsAlone).options(num_gpus=0.5)
-    policy = RankGroup("policy", [kind.remote(config, rank=0, world_size=1)], timeout=600)
-
-    def spawn(index: int) -> Any:
-        engine = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_gpus=0.5, runtime_env={"env_vars": ENVIRONMENT})
-        return engine.remote(config, index=index, sleeps=True)
-
-    rollout = RolloutEngines(spawn, num_engines=1, config=config, neighbours=[policy])
-    policy.setup()
-    rollout.setup()
-    rollout.take_seconds()
-    asked = [
-        Prompt(index=index, token_ids=np.array(ids, np.int32), messages=[], columns={}) for index, ids in enumerate(prompts())
-    ]
-    turns = []
-    for _ in range(1 + arguments.steps):
-        rollout.push(policy)
-        tokens = sum(sum(group.response_lengths) for group in rollout.generate(asked, n=RESPONSES))
-        rollout.make_room(policy)
-        turns.append(rollout.take_seconds() | rollout.metrics() | {"response_tokens": tokens})
+    size, turns = policy_ranks(config), []
+    with Cluster(config, policy_ranks=size, num_engines=rollout_engines(config)) as cluster:
+        kind = ray.remote(concurrency_groups={"report": 1})(WeightsAlone)
+        ranks = [cluster.create(kind, cluster.on_place(rank), rank=rank, world_size=size) for rank in range(size)]
+        policy = RankGroup("policy", ranks, timeout=600)
+        rollout = build_engines(cluster, [policy])
+        policy.setup()
+        rollout.setup()
+        rollout.take_seconds()
+        for turn in range(1 + arguments.steps):
+            rollout.push(policy)
+            groups = rollout.generate(as_prompts(prompts(turn)), n=RESPONSES)
+            tokens = sum(sum(group.response_lengths) for group in groups)
+            rollout.make_room(policy)
+            turns.append(rollout.take_seconds() | rollout.metrics() | {"response_tokens": tokens})
     return turns
 
 
@@ -213,18 +230,20 @@ def measure_copy(arguments: argparse.Namespace) -> float:
     return min(seconds)
 
 
-def engine_prompts(config: Any) -> list[list[int]]:
-    """Those that one of the run's engines answers."""
-    from rlhf.counts import rollout_engines
-
-    return prompts()[: PROMPTS // rollout_engines(config)]
-
-
-def prompts() -> list[list[int]]:
+def prompts(seed: int = 1) -> list[list[int]]:
     import random
 
-    rng = random.Random(1)
+    rng = random.Random(seed)
     return [[rng.randrange(3, VOCABULARY - 3) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
+
+
+def as_prompts(token_ids: list[list[int]]) -> list[Prompt]:
+    import numpy as np
+
+    from rlhf.records import Prompt
+
+    asked = enumerate(token_ids)
+    return [Prompt(index=index, token_ids=np.array(ids, np.int32), messages=[], columns={}) for index, ids in asked]
 
 
 if __name__ == "__main__":

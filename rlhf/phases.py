@@ -21,6 +21,7 @@ from rlhf.memory import (
     reward_model_memory,
 )
 from rlhf.model_folder import ModelShape
+from rlhf.records import BUCKET_BYTES
 
 ACTIVATIONS = "activations of"
 # Measured on an H200, with a Qwen2.5 of 1.5B and 7B parameters.
@@ -30,7 +31,6 @@ ENGINE_WORK = 2 * GIB  # of an engine awake: the largest forward pass and sampli
 WORKER_CONTEXT = GIB // 2  # not measured: of an engine's other workers, each, on its first GPU, where they read what is pushed
 OFFLOADED_STATE = 16  # bytes of host memory for a parameter: its weight, gradient and moments in float32
 PUSH_BUCKETS = 3  # of one push: packed, on its way, being loaded
-BUCKET = 256 * 2**20  # its size, or that of a larger tensor
 
 
 def phases(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> dict[str, int]:
@@ -70,7 +70,7 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
         return {"train": train} | alone
     widest = max(shape.vocab_size, shape.ffn_size, shape.experts.ffn_size if shape.experts else 0)
     largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
-    buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET, largest)}
+    buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET_BYTES, largest)}
     others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
     asleep = {"sleeping engine": ENGINE_RESIDUE + others}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": ENGINE_RESIDUE + others}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+BUCKET_BYTES = 512 << 20  # of a weight push, or those of one larger tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """A conversation that waits for its answer."""

@@ -13,6 +13,7 @@ from rlhf.fit import complete, fit, note, refusal, warning
 from rlhf.memory import shapes
 from rlhf.model_folder import read_shape
 from rlhf.phases import phases
+from rlhf.records import BUCKET_BYTES
 from rlhf.resolution import resolve
 from rlhf.run import refuse_what_cannot_fit
 from tests.model_json import QWEN25_7B, write_model
@@ -60,7 +61,7 @@ def test_phases_of_one_shared_gpu(grpo):
     layer = 4 * 1536 + 2 * (1536 + 256) + 256 + 1536 + 3 * 8960
     activations = 8192 * (28 * layer * 2 + 151936 * 14)
     contexts, weights, optimizer = 2 * 3 * GIB, 2 * SMALL, 12 * SMALL
-    asleep, buffers = 3 * GIB // 2, 3 * 151936 * 1536 * 2
+    asleep, buffers = 3 * GIB // 2, 3 * BUCKET_BYTES  # larger than the embedding
     assert decided(completed) == (0.76, False, False)  # 0.98 - 30.5 / 140.4
     predicted = {
         "train": contexts + 2 * weights + 4 * SMALL + optimizer + activations + asleep,
@@ -79,8 +80,8 @@ def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):
     completed = fit(config, *shapes(config), H200)
     assert decided(completed) == (0.9, False, False)
     peaks = phases(completed, *shapes(config), H200)
-    assert peaks["generate"] == int(0.9 * H200) + 3 * GIB // 2 + 3 * 151936 * 1536 * 2
-    assert peaks["push"] == 3 * GIB + 18 * SMALL + 3 * 151936 * 1536 * 2
+    assert peaks["generate"] == int(0.9 * H200) + 3 * GIB // 2 + 3 * BUCKET_BYTES
+    assert peaks["push"] == 3 * GIB + 18 * SMALL + 3 * BUCKET_BYTES
     sft = resolve(Config(task="sft", model=config.model, max_length=512, nproc_per_node=1), shapes(config)[0])
     assert list(phases(fit(sft, *shapes(sft), H200), *shapes(sft), H200)) == ["train"]
 

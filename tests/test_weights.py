@@ -13,6 +13,7 @@ from actors.weights.broadcast import Broadcast
 from actors.weights.checkpoint_names import CheckpointTensors, checkpoint_dtype, checkpoint_tensors
 from actors.weights.checksum import BLOCK, checksum
 from actors.weights.ledger import PushError, PushLedger
+from actors.weights.packing import ALIGNMENT, pack
 from actors.weights.push import push_weights
 from actors.weights.transport import CudaIpc, ObjectStore
 from rlhf.records import Bucket
@@ -159,6 +160,30 @@ def test_parts_of_another_version_are_refused() -> None:
     record.fail()
     with pytest.raises(PushError, match="no push is open"):
         record.admit(bucket(2, "a"))
+
+
+def test_buckets_hold_each_tensor_as_it_was_when_the_next_was_asked_for() -> None:
+    """Odd sizes, several dtypes, one tensor larger than a bucket; a tensor's memory is used again for the next."""
+    sizes = {33: torch.bfloat16, 5: torch.int64, 70: torch.float32, 1000: torch.float32, 201: torch.float32, 0: torch.float32}
+    sizes |= {1: torch.float64}
+    weights = {str(size): torch.randn(size, dtype=torch.float64).to(dtype) for size, dtype in sizes.items()}
+
+    def stream():
+        for name, values in weights.items():
+            lent = values.clone()
+            yield name, lent
+            lent.fill_(float("nan") if values.is_floating_point() else -1)
+
+    buckets = list(pack(stream(), 1024))
+    assert [tensor.name for bucket in buckets for tensor in bucket.tensors] == list(weights)
+    assert [len(bucket.tensors) for bucket in buckets] == [3, 1, 3]
+    for bucket in buckets:
+        assert bucket.checksum() == checksum(bucket.data)
+        bucket.require_finite()
+        assert bucket.data.numel() % ALIGNMENT == 0 and all(tensor.offset % ALIGNMENT == 0 for tensor in bucket.tensors)
+        for name, offset, _ in bucket.tensors:
+            raw = weights[name].view(torch.uint8)
+            assert torch.equal(bucket.data[offset : offset + raw.numel()], raw)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

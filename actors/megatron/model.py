@@ -45,7 +45,8 @@ class Model:
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and tensors, a collective of all ranks; a tensor may alias a live parameter."""
-        yield from self.config.bridge.export_weights([self.module])
+        with _flags_on_host(self.sizes):
+            yield from self.config.bridge.export_weights([self.module])
 
 
 def build_model(
@@ -176,6 +177,35 @@ def _mark_vocabulary_weights(module: torch.nn.Module, head: Head) -> None:
             continue
         if weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, 0, 1)
+
+
+@contextmanager
+def _flags_on_host(sizes: ParallelSizes) -> Iterator[None]:
+    """mcore-bridge makes flags of every tensor on the GPU, for pipeline stages to agree on, and waits for them: here on the host.
+
+    Where ranks do have something to agree on, nothing changes.
+    """
+    import torch
+    from mcore_bridge.bridge import gpt_bridge
+
+    if sizes.pipeline.size == sizes.expert == 1:
+        gpt_bridge.torch = _TorchWithTensorsOnHost()
+    try:
+        yield
+    finally:
+        gpt_bridge.torch = torch
+
+
+class _TorchWithTensorsOnHost:
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+    def tensor(self, data: Any, *, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        import torch
+
+        return torch.tensor(data, dtype=dtype)
 
 
 @contextmanager

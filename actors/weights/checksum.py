@@ -21,6 +21,11 @@ def checksum(data: torch.Tensor) -> int:
     2 ** 33 times less than 2 ** 19). Words have 4 bytes: with 8, a swap of two that
     differ in the highest bit alone would go unseen.
     """
+    return combine(block_sums(data).tolist(), data.numel())
+
+
+def block_sums(data: torch.Tensor) -> torch.Tensor:
+    """Of uint8 [size] the sum of each block, int64 [blocks], on its device: what reads the data."""
     import torch
 
     assert data.dtype == torch.uint8 and data.dim() == 1 and data.numel() % 4 == 0, (data.dtype, tuple(data.shape))
@@ -30,7 +35,12 @@ def checksum(data: torch.Tensor) -> int:
     full, rest = words[:end].view(-1, BLOCK), words[end:]
     sums = [(rows * multipliers).sum(1) for rows in full.split(1 if data.device.type == "cpu" else BLOCKS_AT_ONCE)]
     sums.append((rest * multipliers[: rest.numel()]).sum(0, keepdim=True))
-    total, power = words.numel(), 1
-    for block_sum in torch.cat(sums).tolist():
+    return torch.cat(sums)
+
+
+def combine(sums: list[int], size: int) -> int:
+    """The checksum of `size` bytes with these `block_sums`."""
+    total, power = size // 4, 1
+    for block_sum in sums:
         total, power = (total + block_sum * power) & MASK, power * MULTIPLIER & MASK
     return total

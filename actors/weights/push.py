@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from actors.weights.checksum import checksum
 from actors.weights.ledger import PushError
+from actors.weights.packing import PackedBucket, pack
 from actors.weights.transport import ObjectStore, Transport
-from rlhf.records import Bucket, PushReport
+from rlhf.records import BUCKET_BYTES, Bucket, PushReport
 
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 64  # bytes: every tensor of a bucket can be read in place with any dtype
-BUCKETS_IN_FLIGHT = 2  # one loads while the next is packed
+BUCKETS_IN_FLIGHT = 2  # one loads while the next is sent
 OWN_POLL = 0.1  # seconds between two looks at what the sender itself does while engines are waited for
 DEATH_SHOWS = 2.0  # seconds after which Ray has noticed the death of an actor
 
@@ -29,7 +26,7 @@ def push_weights(
     engines: dict[int, Any],
     version: int,
     *,
-    bucket_bytes: int = 256 << 20,
+    bucket_bytes: int = BUCKET_BYTES,
     timeout: float = 120.0,
     transport: Transport | None = None,
 ) -> PushReport:
@@ -50,43 +47,6 @@ def push_weights(
             pass
 
 
-class Packed(NamedTuple):
-    """A tensor in a bucket's bytes."""
-
-    name: str
-    offset: int
-    values: torch.Tensor
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.values.nbytes
-
-
-def require_finite(data: torch.Tensor, tensors: Iterable[Packed]) -> None:
-    """PushError naming a tensor of a bucket, uint8 [size], that holds a NaN or an infinity (a NaN would poison a KV cache).
-
-    Neighbours of one dtype are looked at as one, with what pads them; only where that finds something, each by itself.
-    """
-    for dtype, neighbours in groupby(tensors, key=lambda packed: packed.values.dtype):
-        alike = list(neighbours)
-        if not dtype.is_floating_point or _is_finite(_extremes(data[alike[0].offset : alike[-1].end].view(dtype))):
-            continue
-        for name, _, values in alike:
-            if not _is_finite(extremes := _extremes(values)):
-                raise PushError("weights not pushed: tensor {!r} is not finite (from {} to {})".format(name, *extremes))
-
-
-def _extremes(values: torch.Tensor) -> list[float]:
-    """The least and the greatest, both NaN if there is one anywhere; nothing of no values."""
-    import torch
-
-    return torch.stack(values.aminmax()).tolist() if values.numel() else []
-
-
-def _is_finite(values: list[float]) -> bool:
-    return all(map(math.isfinite, values))
-
-
 class _Push:
     def __init__(self, engines: dict[int, Any], version: int, transport: Transport, start: float, timeout: float):
         self.engines, self.version, self.transport = engines, version, transport
@@ -98,7 +58,8 @@ class _Push:
         connecting = self.transport.connect(self.engines, self._seconds_left())
         self._wait("join_push", connecting.calls, connecting.own)
         names, num_bytes, num_buckets = [], 0, 0
-        for bucket in self._buckets(tensors, bucket_bytes):
+        for packed in _one_behind(pack(tensors, bucket_bytes)):
+            bucket = self._bucket(num_buckets, packed)
             self._wait("begin_push", begun)
             begun = {}
             self.in_flight.append((bucket, self._call("receive_bucket", bucket)))
@@ -117,42 +78,22 @@ class _Push:
             seconds=time.monotonic() - self.start,
         )
 
-    def _buckets(self, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-        """Copy each tensor as it comes (its memory may be reused) into one flat buffer; a full one becomes a bucket."""
-        import torch
-
-        buffer, used, index, packed = None, 0, 0, []
-        for name, tensor in tensors:
-            tensor = tensor.detach()
-            size = tensor.numel() * tensor.element_size()
-            padded = -(-size // ALIGNMENT) * ALIGNMENT
-            if packed and used + padded > bucket_bytes:
-                yield self._bucket(index, buffer[:used], packed)
-                used, index, packed = 0, index + 1, []
-            if buffer is None or used + padded > buffer.numel():
-                buffer = torch.zeros(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device)
-            place = buffer[used : used + size].view(tensor.dtype).view(tensor.shape)
-            packed.append(Packed(name, used, place.copy_(tensor)))
-            used += padded
-        if packed:
-            yield self._bucket(index, buffer[:used], packed)
-
-    def _bucket(self, index: int, data: torch.Tensor, packed: list[Packed]) -> Bucket:
-        """Sent after its checksum, so that nothing comes between a broadcast and the call by which engines enter it.
+    def _bucket(self, index: int, packed: PackedBucket) -> Bucket:
+        """Sent after its checks, so that nothing comes between a broadcast and the call by which engines enter it.
 
         CUDA can make a kernel's first launch, or an allocation, wait for the broadcast, which waits for the engines.
         """
-        require_finite(data, packed)
-        found = checksum(data)
+        packed.require_finite()
+        found = packed.checksum()
         return Bucket(
             version=self.version,
             index=index,
-            payload=self.transport.send(data),
-            size=data.numel(),
-            names=tuple(tensor.name for tensor in packed),
-            dtypes=tuple(str(tensor.values.dtype).removeprefix("torch.") for tensor in packed),
-            shapes=tuple(tuple(tensor.values.shape) for tensor in packed),
-            offsets=tuple(tensor.offset for tensor in packed),
+            payload=self.transport.send(packed.data),
+            size=packed.data.numel(),
+            names=tuple(tensor.name for tensor in packed.tensors),
+            dtypes=tuple(str(tensor.values.dtype).removeprefix("torch.") for tensor in packed.tensors),
+            shapes=tuple(tuple(tensor.values.shape) for tensor in packed.tensors),
+            offsets=tuple(tensor.offset for tensor in packed.tensors),
             checksum=found,
         )
 
@@ -230,6 +171,17 @@ class _Push:
 
     def _late(self, call: str) -> str:
         return f"`{call}` of version {self.version} in push_timeout ({self.timeout:g} s)"
+
+
+def _one_behind(buckets: Iterable[PackedBucket]) -> Iterator[PackedBucket]:
+    """Each when the next has been packed: the GPU then works on that one while the checks of the first are waited for."""
+    before = None
+    for bucket in buckets:
+        if before is not None:
+            yield before
+        before = bucket
+    if before is not None:
+        yield before
 
 
 def _engines(indices: Iterable[int]) -> str:

@@ -37,7 +37,7 @@ class Transport(Protocol):
         """At the beginning of every push, to the engines {index: actor} it is for; `timeout` in seconds."""
 
     def send(self, data: torch.Tensor) -> Payload:
-        """Make uint8 [size] readable for the engines; `data` may be overwritten as soon as this returns."""
+        """Make uint8 [size], which is never written to again, readable for the engines."""
 
     def release(self, payload: Payload) -> None:
         """Every engine is done with this payload."""
@@ -91,9 +91,8 @@ class CudaIpc:
         return Connecting()
 
     def send(self, data: torch.Tensor) -> MappedBytes:
-        copy = data.clone()
-        self.held[copy.data_ptr()] = copy
-        return MappedBytes.of(copy)
+        self.held[data.data_ptr()] = data
+        return MappedBytes.of(data)
 
     def release(self, payload: MappedBytes) -> None:
         del self.held[payload.key]
