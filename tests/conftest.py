@@ -7,6 +7,24 @@ import pytest
 from rlhf.ray_start import start_ray
 
 ROOT = Path(__file__).resolve().parent.parent
+ACTORS = []  # of `hosts`
+USERS = set()  # files with tests that use `hosts`
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """What uses `hosts` comes first: threads that ended ranks leave in them would slow all that follows."""
+    USERS.update(item.path for item in items if "hosts" in item.fixturenames)
+    items.sort(key=lambda item: item.path not in USERS)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem) -> None:
+    if ACTORS and (nextitem is None or nextitem.path not in USERS):
+        import ray
+
+        for actor in ACTORS:
+            ray.kill(actor)
+        ACTORS.clear()
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +40,12 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def hosts(local_ray):
-    """Two processes that build policies."""
+    """Two processes that build policies. They end with the last module that uses them."""
     from tests.policy_ranks import start_hosts
 
-    return start_hosts(2)
+    started = start_hosts(2)
+    ACTORS.extend(started.actors)
+    return started
 
 
 @pytest.fixture(scope="module")
