@@ -112,8 +112,9 @@ def measure_make(arguments: argparse.Namespace) -> int:
 def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of the same work by the run's engines, by `LLM.generate(logprobs=0)` and by vLLM's fastest way.
 
-    They take turns on one GPU, each turn with prompts of its own: a CPU's speed changes from minute to minute. Of several
-    engines of the run the others have a GPU each, and the two floors answer one engine's share.
+    They take turns, each turn with prompts of its own: a CPU's speed changes from minute to minute. The run's first engine and
+    the fastest way are on one GPU, further engines on one each; `LLM`, slow to start, has one too if there are enough, else
+    shares the first. The two floors answer one engine's share of the prompts.
     """
     import ray
 
@@ -132,15 +133,21 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
     def spawn(index: int) -> Any:
         return start(RolloutEngine, config, env=ENVIRONMENT, gpus=1 if index else 0.3, index=index, load_weights=True)
 
+    def start_default(gpus: float) -> Any:
+        return start(DefaultAlone, config.model, gpus=gpus, share=0.28, sequences=PROMPTS * RESPONSES)
+
+    spare = ray.cluster_resources()["GPU"] > count
+    default = start_default(1) if spare else None
     rollout = RolloutEngines(spawn, num_engines=count, config=config)
     rollout.setup()
     fast = start(EngineAlone, config, 0, env=ENVIRONMENT)
-    ray.get(fast.__ray_ready__.remote())  # one after the other: each looks at what memory is free
-    default = start(DefaultAlone, config.model, share=0.28, sequences=PROMPTS * RESPONSES)
+    ray.get(fast.__ray_ready__.remote())  # one after the other on one GPU: each looks at what memory is free there
+    default = default or start_default(0.3)
     ray.get(default.__ray_ready__.remote())
 
-    def by_run(asked: list[list[int]], tokens: int) -> None:
+    def by_run(asked: list[list[int]], tokens: int) -> float:
         list(rollout.generate(as_prompts(asked), n=RESPONSES, sampling={"max_completion_length": tokens}))
+        return rollout.take_seconds()["generate"]
 
     ways = {
         "run": by_run,
@@ -152,9 +159,7 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(1, 1 + arguments.steps):
         for name, answer in ways.items():
-            begin = time.monotonic()
-            answer(prompts(turn), arguments.tokens)
-            seconds[name].append(time.monotonic() - begin)
+            seconds[name].append(answer(prompts(turn), arguments.tokens))
     return seconds
 
 

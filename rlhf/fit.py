@@ -35,12 +35,13 @@ def fit(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_
 def complete(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`fit` without the refusal. What is given stays.
 
-    First the optimizer's state is offloaded, then the models too, until what the engine needs fits: the share that was given,
-    or room in its KV cache for RESPONSES (or as many as there are) of the longest length.
+    On shared GPUs the optimizer's state is offloaded first, then the models too, until what the engine needs fits: the share
+    that was given, or room in its KV cache for RESPONSES (or as many as there are) of the longest length.
     """
-    if gpu_memory is None or not shares_gpus(config):
+    if gpu_memory is None or not samples(config):
         return _filled(config, MOST / 100, optimizer=False, model=False)
-    for optimizer, model in ((False, False), (True, False), (True, True)):
+    steps = ((False, False), (True, False), (True, True))
+    for optimizer, model in steps if shares_gpus(config) else steps[:1]:
         trial = _filled(config, MOST / 100, optimizer=optimizer, model=model)
         left = _share_left(trial, shape, frozen_shape, gpu_memory)
         trial = _filled(config, min(max(left, 0.01), MOST / 100), optimizer=optimizer, model=model)

@@ -176,7 +176,7 @@ class PolicyHost:
 
 @dataclass
 class Hosts:
-    """The processes of a test session; `start` makes them a group."""
+    """Processes that tests share; `start` makes them a group."""
 
     actors: list[Any]
 

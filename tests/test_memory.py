@@ -86,6 +86,13 @@ def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):
     assert list(phases(fit(sft, *shapes(sft), H200), *shapes(sft), H200)) == ["train"]
 
 
+def test_an_engine_on_a_small_gpu_of_its_own_leaves_room_for_what_is_pushed(grpo):
+    half = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_hidden_layers": 24}
+    config, small = grpo(QWEN25_1_5B | half, vllm_mode="server", micro_batch_tokens=None), 24 * GIB
+    assert decided(complete(config, *shapes(config), small)) == (0.85, False, False)  # 0.98 - (1.5 + 1.5) / 24
+    assert "engine" not in (refusal(config, *shapes(config), small) or "")
+
+
 def test_without_gpus_nothing_is_offloaded_or_refused(grpo):
     config = grpo(max_length=30000)
     assert decided(fit(config, *shapes(config), None)) == (0.9, False, False)

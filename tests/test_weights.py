@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from actors.megatron.model import flags_on_host
+from actors.megatron.parallel import ParallelSizes
 from actors.megatron.platform import Platform
 from actors.weights.broadcast import Broadcast
 from actors.weights.checkpoint_names import CheckpointTensors, checkpoint_dtype, checkpoint_tensors
@@ -16,6 +19,7 @@ from actors.weights.ledger import PushError, PushLedger
 from actors.weights.packing import ALIGNMENT, pack
 from actors.weights.push import push_weights
 from actors.weights.transport import CudaIpc, ObjectStore
+from rlhf.pipeline import Pipeline
 from rlhf.records import Bucket
 
 
@@ -184,6 +188,27 @@ def test_buckets_hold_each_tensor_as_it_was_when_the_next_was_asked_for() -> Non
         for name, offset, _ in bucket.tensors:
             raw = weights[name].view(torch.uint8)
             assert torch.equal(bucket.data[offset : offset + raw.numel()], raw)
+
+
+def test_what_pads_a_bucket_is_zero_though_memory_held_something_else(monkeypatch) -> None:
+    """Else a bucket's checksum would depend on it, and NaNs there would look like a tensor's."""
+    monkeypatch.setattr(torch, "empty", lambda size, **options: torch.full((size,), 0xFF, **options))
+    (bucket,) = pack({"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(20), "c": torch.ones(1)}.items(), 1024)
+    expected = torch.zeros(4 * ALIGNMENT, dtype=torch.uint8)
+    for start, values in ((0, torch.ones(3, dtype=torch.bfloat16)), (ALIGNMENT, torch.ones(20)), (3 * ALIGNMENT, torch.ones(1))):
+        expected[start : start + values.nbytes] = values.view(torch.uint8)
+    assert torch.equal(bucket.data, expected)
+
+
+@pytest.mark.parametrize(("pipeline", "expert", "device"), [(1, 1, "cpu"), (2, 1, "meta"), (1, 2, "meta")])
+def test_flags_are_made_on_the_host_where_no_other_rank_has_to_know_them(pipeline: int, expert: int, device: str) -> None:
+    sizes = ParallelSizes(tensor=2, pipeline=Pipeline(size=pipeline), sequence=False, expert=expert)
+    bridge = SimpleNamespace(torch=torch)
+    with pytest.raises(KeyError), flags_on_host(bridge, sizes):
+        assert bridge.torch.tensor([True], dtype=torch.bool, device="meta").device.type == device
+        assert bridge.torch.Tensor is torch.Tensor
+        raise KeyError
+    assert bridge.torch is torch
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

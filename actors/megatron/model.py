@@ -45,7 +45,9 @@ class Model:
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and tensors, a collective of all ranks; a tensor may alias a live parameter."""
-        with _flags_on_host(self.sizes):
+        from mcore_bridge.bridge import gpt_bridge
+
+        with flags_on_host(gpt_bridge, self.sizes):
             yield from self.config.bridge.export_weights([self.module])
 
 
@@ -180,13 +182,12 @@ def _mark_vocabulary_weights(module: torch.nn.Module, head: Head) -> None:
 
 
 @contextmanager
-def _flags_on_host(sizes: ParallelSizes) -> Iterator[None]:
-    """mcore-bridge makes flags of every tensor on the GPU, for pipeline stages to agree on, and waits for them: here on the host.
+def flags_on_host(gpt_bridge: Any, sizes: ParallelSizes) -> Iterator[None]:
+    """mcore-bridge makes a flag for each tensor, for pipeline and expert ranks to agree on, on the GPU, and waits for it.
 
-    Where ranks do have something to agree on, nothing changes.
+    Here it is made on the host where there are no such ranks.
     """
     import torch
-    from mcore_bridge.bridge import gpt_bridge
 
     if sizes.pipeline.size == sizes.expert == 1:
         gpt_bridge.torch = _TorchWithTensorsOnHost()
@@ -197,15 +198,17 @@ def _flags_on_host(sizes: ParallelSizes) -> Iterator[None]:
 
 
 class _TorchWithTensorsOnHost:
+    """The module torch, but for where `torch.tensor` makes one."""
+
     def __getattr__(self, name: str) -> Any:
         import torch
 
         return getattr(torch, name)
 
-    def tensor(self, data: Any, *, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    def tensor(self, data: Any, **options: Any) -> torch.Tensor:
         import torch
 
-        return torch.tensor(data, dtype=dtype)
+        return torch.tensor(data, **options | {"device": "cpu"})
 
 
 @contextmanager

@@ -21,11 +21,11 @@ def checksum(data: torch.Tensor) -> int:
     2 ** 33 times less than 2 ** 19). Words have 4 bytes: with 8, a swap of two that
     differ in the highest bit alone would go unseen.
     """
-    return combine(block_sums(data).tolist(), data.numel())
+    return combine_block_sums(block_sums(data).tolist(), data.numel())
 
 
 def block_sums(data: torch.Tensor) -> torch.Tensor:
-    """Of uint8 [size] the sum of each block, int64 [blocks], on its device: what reads the data."""
+    """The weighted sum of each block of uint8 [size]: int64 [blocks], on its device."""
     import torch
 
     assert data.dtype == torch.uint8 and data.dim() == 1 and data.numel() % 4 == 0, (data.dtype, tuple(data.shape))
@@ -38,7 +38,7 @@ def block_sums(data: torch.Tensor) -> torch.Tensor:
     return torch.cat(sums)
 
 
-def combine(sums: list[int], size: int) -> int:
+def combine_block_sums(sums: list[int], size: int) -> int:
     """The checksum of `size` bytes with these `block_sums`."""
     total, power = size // 4, 1
     for block_sum in sums:

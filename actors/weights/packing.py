@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actors.weights.checksum import block_sums, combine
+from actors.weights.checksum import block_sums, combine_block_sums
 from actors.weights.ledger import PushError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class PackedBucket:
 
     def checksum(self) -> int:
         """Of the bytes, see `actors.weights.checksum`. Waits for the device."""
-        return combine(self._sums(), self.data.numel())
+        return combine_block_sums(self._sums(), self.data.numel())
 
     def require_finite(self) -> None:
         """PushError naming a tensor that holds a NaN or an infinity, which would poison a KV cache. Waits for the device."""
@@ -58,21 +58,21 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iter
     """
     import torch
 
-    buffer, used, packed = None, 0, []
+    buffer, used, entries = None, 0, []
     for name, tensor in tensors:
         size = tensor.nbytes
         padded = -(-size // ALIGNMENT) * ALIGNMENT
-        if packed and used + padded > bucket_bytes:
-            yield PackedBucket(buffer[:used], packed)
-            buffer, used, packed = None, 0, []
-        if buffer is None:
-            buffer = torch.empty(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device)
+        if entries and used + padded > bucket_bytes:
+            yield PackedBucket(buffer[:used], entries)
+            entries = []
+        if not entries:
+            buffer, used = torch.empty(max(bucket_bytes, padded), dtype=torch.uint8, device=tensor.device), 0
         values = buffer[used : used + size].view(tensor.dtype).view(tensor.shape)
-        packed.append(Packed(name, used, values.copy_(tensor.detach())))
+        entries.append(Packed(name, used, values.copy_(tensor.detach())))
         buffer[used + size : used + padded].zero_()
         used += padded
-    if packed:
-        yield PackedBucket(buffer[:used], packed)
+    if entries:
+        yield PackedBucket(buffer[:used], entries)
 
 
 def _extremes(data: torch.Tensor, tensors: list[Packed]) -> torch.Tensor:
@@ -80,7 +80,7 @@ def _extremes(data: torch.Tensor, tensors: list[Packed]) -> torch.Tensor:
     import torch
 
     runs = [torch.empty(0, dtype=torch.float64, device=data.device)]
-    for dtype, neighbours in groupby(tensors, key=lambda packed: packed.values.dtype):
+    for dtype, neighbours in groupby(tensors, key=lambda entry: entry.values.dtype):
         alike = list(neighbours)
         if dtype.is_floating_point:
             runs.append(_extremes_of(data[alike[0].offset : alike[-1].end].view(dtype)))

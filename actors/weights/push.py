@@ -54,11 +54,11 @@ class _Push:
         self.in_flight: deque[tuple[Bucket, dict[int, Any]]] = deque()
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> PushReport:
-        begun = self._call("begin_push", self.version)  # answered while the first bucket is packed
+        begun = self._call("begin_push", self.version)  # answered while the first buckets are packed
         connecting = self.transport.connect(self.engines, self._seconds_left())
         self._wait("join_push", connecting.calls, connecting.own)
         names, num_bytes, num_buckets = [], 0, 0
-        for packed in _one_behind(pack(tensors, bucket_bytes)):
+        for packed in _lookahead(pack(tensors, bucket_bytes)):
             bucket = self._bucket(num_buckets, packed)
             self._wait("begin_push", begun)
             begun = {}
@@ -173,7 +173,7 @@ class _Push:
         return f"`{call}` of version {self.version} in push_timeout ({self.timeout:g} s)"
 
 
-def _one_behind(buckets: Iterable[PackedBucket]) -> Iterator[PackedBucket]:
+def _lookahead(buckets: Iterable[PackedBucket]) -> Iterator[PackedBucket]:
     """Each when the next has been packed: the GPU then works on that one while the checks of the first are waited for."""
     before = None
     for bucket in buckets:

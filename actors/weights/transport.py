@@ -37,7 +37,7 @@ class Transport(Protocol):
         """At the beginning of every push, to the engines {index: actor} it is for; `timeout` in seconds."""
 
     def send(self, data: torch.Tensor) -> Payload:
-        """Make uint8 [size], which is never written to again, readable for the engines."""
+        """Make uint8 [size] readable for the engines; it is not written to before it is released."""
 
     def release(self, payload: Payload) -> None:
         """Every engine is done with this payload."""
