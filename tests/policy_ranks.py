@@ -136,8 +136,10 @@ class PolicyHost:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
         from mcore_bridge.bridge import gpt_bridge
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
         gpt_bridge.EP_PP_GROUP = None  # mcore-bridge makes one for the life of a process
+        get_moe_layer_wise_logging_tracker().clear()  # it has as many layers as the first model
         for name in ("FLASH", "FUSED", "UNFUSED"):
             os.environ.pop(f"NVTE_{name}_ATTN", None)
 
