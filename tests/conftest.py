@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(nextitem) -> None:
-    if ACTORS and (nextitem is None or nextitem.path not in USERS):
+    if ACTORS and nextitem is not None and nextitem.path not in USERS:  # without a next one Ray has ended, and they with it
         import ray
 
         for actor in ACTORS:
