@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from actors.device_memory import memory_explained
-from actors.engine_build import build_engine
+from actors.engine_build import build_engine, import_engine
 from actors.engine_workers import EngineWorkers, built_together
 from actors.model_folder import require_model
 from actors.progress import Progress
@@ -39,6 +39,11 @@ class TeacherEngine:
     def __init__(self, config: Any):
         """`config`: the run's, of the student."""
         self.student, self.progress = config, Progress()
+
+    def load_libraries(self) -> None:
+        """Import what takes long, while the policy sets up."""
+        with self.progress.doing("importing vLLM"):
+            import_engine()
 
     def setup(self) -> None:
         """Build the engine with the weights in the teacher's folder."""

@@ -78,6 +78,8 @@ def build_teacher_group(cluster: Cluster) -> EngineGroup:
     config = cluster.config
     kind = ray.remote(concurrency_groups={"report": 1})(TeacherEngine)
     engines = [cluster.create(kind, cluster.on_place(place, share=1), env=ENVIRONMENT) for place in cluster.teacher_places]
+    for engine in engines:
+        engine.load_libraries.remote()
     return EngineGroup("teacher", engines, timeout=config.call_timeout)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors import exporter
-from actors.data import DatasetInfo, DataWorker
+from actors.data import DataWorker
 from actors.exporter import Exporter
 from actors.frozen import Frozen
 from actors.group import ActorGroup, EngineGroup, RankGroup
@@ -71,7 +71,7 @@ def build_roles(cluster: Cluster, folder: Path) -> Roles:
     data_worker = _data_worker(cluster)
     dataset = data_worker.setup.remote()
     if config.seq_kd:
-        _answer_by_teacher(cluster, data_worker, cluster.answer(dataset, SETUP), folder)
+        _answer_by_teacher(cluster, data_worker, dataset, folder)
     policy = _rank_group(cluster, "policy", Policy)
     frozen = _frozen_ranks(cluster)
     reward_model = rollout = scorer = None
@@ -154,6 +154,8 @@ def _rank_group(
         cluster.create(_reporting(kind), cluster.on_place(place), env=env, rank=rank, world_size=len(places), **arguments)
         for rank, place in enumerate(places)
     ]
+    for rank in ranks:  # groups are set up one after another
+        rank.load_libraries.remote()
     return RankGroup(name, ranks, timeout=cluster.config.call_timeout)
 
 
@@ -166,15 +168,16 @@ def _frozen_ranks(cluster: Cluster) -> dict[str, RankGroup]:
     return {name: _rank_group(cluster, name, Frozen, places, role=name)}
 
 
-def _answer_by_teacher(cluster: Cluster, data_worker: Any, info: DatasetInfo, folder: Path) -> None:
-    """Sample the teacher's responses on the places that its ranks or engines get afterwards."""
+def _answer_by_teacher(cluster: Cluster, data_worker: Any, dataset: ray.ObjectRef, folder: Path) -> None:
+    """Sample the teacher's responses on the places that its ranks or engines get afterwards; `dataset`: its `DatasetInfo`."""
     width = 1 if cluster.named else cluster.config.vllm_tensor_parallel_size  # an offer's width is that of its own devices
     if cluster.teacher_places:
         width = teacher_devices(cluster.config)
     changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width}
     config = replace(cluster.config, vllm_gpu_memory_utilization=MOST / 100, **changes)
-    count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)
     engines = build_teacher_engines(cluster, config)
+    info = cluster.answer(dataset, SETUP)
+    count = min(info.num_rows, total_steps(config, info.num_rows) * config.global_batch_size)
     engines.stop_words += info.end_tokens
     prompts = PromptStream(data_worker, num_rows=info.num_rows, timeout=config.call_timeout)
     excess = excess_ids(config.model, cluster.config.model)

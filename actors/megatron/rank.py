@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from actors.megatron.micro_batch import PackedMicroBatch
     from actors.megatron.model import Model
+    from actors.megatron.platform import Platform
     from rlhf.records import MicroBatch
 
     # From the outputs of a micro batch (logprobs [T], or what a head gives, [B, K]): values of each of its sequences, [B, K].
@@ -45,6 +46,7 @@ class MegatronRank:
     """One process of a group that holds a model together."""
 
     trains = True  # the weights change
+    platform: Platform | None = None  # once `load_libraries` is done
     model: Model
     module: torch.nn.Module  # what is called: Megatron's DDP around the model, or the model itself
 
@@ -59,6 +61,18 @@ class MegatronRank:
         self.listener = socket.socket()
         self.listener.bind((ip, 0))
         return f"{ip}:{self.listener.getsockname()[1]}"
+
+    def load_libraries(self) -> None:
+        """Import what takes long, while other groups set up; nothing the second time."""
+        if self.platform is not None:
+            return
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        with self.progress.doing("importing Megatron"), lasting_imports():
+            from actors.megatron.platform import start_platform
+
+            platform = start_platform()
+            import_module("mcore_bridge")
+        self.platform = platform
 
     @ray.method(concurrency_group="report")
     def report(self) -> str:
@@ -198,21 +212,16 @@ class MegatronRank:
 
         Its weights are the safetensors in its folder, or those of the Megatron checkpoint that the run starts from.
         """
-        os.environ.setdefault("TQDM_DISABLE", "1")
         config = self.config
         model, megatron = role.model or config.model, None if role.model else config.mcore_model
         require_model(model)
         if megatron is not None:
             require_megatron(megatron)
-        with lasting_imports():
-            from actors.megatron.platform import start_platform
-
-            self.platform = start_platform()
-            import_module("mcore_bridge")
-            from actors.megatron.checkpoint import load_model, load_weights
-            from actors.megatron.model import build_model, split_options
-            from actors.megatron.offload import Offload
-            from actors.megatron.parallel import ParallelSizes, start_process_group
+        self.load_libraries()
+        from actors.megatron.checkpoint import load_model, load_weights
+        from actors.megatron.model import build_model, split_options
+        from actors.megatron.offload import Offload
+        from actors.megatron.parallel import ParallelSizes, start_process_group
 
         tensor = role.tensor_model_parallel_size or config.tensor_model_parallel_size
         has_experts = read_shape(Path(model)).experts is not None  # a teacher may, and the policy not, or the other way round
