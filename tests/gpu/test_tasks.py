@@ -58,7 +58,7 @@ def test_distillation_halves_the_divergence(gpu_ray, work, taught, teacher):
     name = f"gkd-{teacher}"
     options = {"model": work / "model", "teacher_model": taught, "dataset": work / "gkd.jsonl", "torch_dtype": "bfloat16"}
     options |= {"val_dataset": work / "held_out_answered.jsonl", "output_dir": work, "run_name": name, "report_to": "none"}
-    options |= {"vllm_gpu_memory_utilization": 0.1, "train_iters": 80}
+    options |= {"vllm_gpu_memory_utilization": 0.1, "train_iters": 120}
     if teacher == "vllm":
         options |= {"teacher.backend": "vllm", "gkd_logits_topk": 16}
     words = changed(["rlhf", "--config", DEMO / "gkd.yaml"], **options)
