@@ -45,6 +45,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
     from vllm.platforms import current_platform
 
     seeded_on_cpu = config.deterministic and current_platform.is_cpu()
+    share = config.vllm_gpu_memory_utilization  # None where nobody looked at the device
     options = {
         "model": config.model,
         "dtype": config.torch_dtype or checkpoint_dtype(config.model),
@@ -57,7 +58,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
         "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        "gpu_memory_utilization": share and share / config.rollout.engines_per_device,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from: after temperature, top-p and top-k
         "worker_extension_cls": "actors.weights.vllm_extension.WorkerExtension",
         "disable_log_stats": True,

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,37 +113,39 @@ def measure_make(arguments: argparse.Namespace) -> int:
 def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of the same work by the run's engines, by `LLM.generate(logprobs=0)` and by vLLM's fastest way.
 
-    They take turns, each turn with prompts of its own: a CPU's speed changes from minute to minute. The run's first engine and
-    the fastest way are on one GPU, further engines on one each; `LLM`, slow to start, has one too if there are enough, else
-    shares the first. The two floors answer one engine's share of the prompts.
+    They take turns, each turn with prompts of its own: a CPU's speed changes from minute to minute. The run's first engines and
+    the fastest way are on one GPU, further engines on others; `LLM`, slow to start, has one too if there are enough, else
+    shares the first. The two floors answer one GPU's share of the prompts.
     """
     import ray
 
     from actors.rollout import ENVIRONMENT, RolloutEngine
-    from rlhf.counts import rollout_engines
+    from rlhf.config import RolloutRole
+    from rlhf.counts import engine_places, rollout_engines
     from rlhf.options import load_config
     from rlhf.rollout import RolloutEngines
 
     config = load_config(options(arguments) + ["--vllm_gpu_memory_utilization", "0.28"])
-    count = rollout_engines(config)
+    places = engine_places(config)
     ray.init(include_dashboard=False, logging_level="ERROR")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(ray.cluster_resources()["GPU"]))))).split(",")
 
-    def start(kind: type, *values: Any, gpus: float = 0.3, env: dict[str, str] | None = None, **named: Any) -> Any:
-        return ray.remote(kind).options(num_gpus=gpus, runtime_env={"env_vars": env or {}}).remote(*values, **named)
+    def start(kind: type, *values: Any, gpu: str, env: dict[str, str] | None = None, **named: Any) -> Any:
+        shown = {"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # chosen here, not by Ray
+        return ray.remote(kind).options(num_gpus=0, runtime_env={"env_vars": shown | (env or {})}).remote(*values, **named)
 
     def spawn(index: int) -> Any:
-        return start(RolloutEngine, config, env=ENVIRONMENT, gpus=1 if index else 0.3, index=index, load_weights=True)
+        return start(RolloutEngine, config, env=ENVIRONMENT, gpu=gpus[index % places], index=index, load_weights=True)
 
-    def start_default(gpus: float) -> Any:
-        return start(DefaultAlone, config.model, gpus=gpus, share=0.28, sequences=PROMPTS * RESPONSES)
+    def start_default(gpu: str) -> Any:
+        return start(DefaultAlone, config.model, gpu=gpu, share=0.28, sequences=PROMPTS * RESPONSES)
 
-    spare = ray.cluster_resources()["GPU"] > count
-    default = start_default(1) if spare else None
-    rollout = RolloutEngines(spawn, num_engines=count, config=config)
+    default = start_default(gpus[places]) if len(gpus) > places else None
+    rollout = RolloutEngines(spawn, num_engines=rollout_engines(config), config=config)
     rollout.setup()
-    fast = start(EngineAlone, config, 0, env=ENVIRONMENT)
+    fast = start(EngineAlone, replace(config, rollout=RolloutRole()), 0, gpu=gpus[0], env=ENVIRONMENT)
     ray.get(fast.__ray_ready__.remote())  # one after the other on one GPU: each looks at what memory is free there
-    default = default or start_default(0.3)
+    default = default or start_default(gpus[0])
     ray.get(default.__ray_ready__.remote())
 
     def by_run(asked: list[list[int]], tokens: int) -> float:
@@ -151,8 +154,8 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
     ways = {
         "run": by_run,
-        "default": lambda asked, tokens: ray.get(default.alone.remote(asked[: PROMPTS // count], RESPONSES, tokens)),
-        "fast": lambda asked, tokens: ray.get(fast.alone.remote(asked[: PROMPTS // count], RESPONSES, tokens, None)),
+        "default": lambda asked, tokens: ray.get(default.alone.remote(asked[: PROMPTS // places], RESPONSES, tokens)),
+        "fast": lambda asked, tokens: ray.get(fast.alone.remote(asked[: PROMPTS // places], RESPONSES, tokens, None)),
     }
     for answer in ways.values():  # what is slow once
         answer(prompts(0), 32)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples, teacher_places, teacher_width
+from rlhf.counts import data_ranks, engine_places, frozen_group, policy_ranks, samples, teacher_places, teacher_width
 from rlhf.engine_check import check_width
 from rlhf.layout_check import check_layout
 from rlhf.memory import longest_sequence
@@ -24,7 +24,7 @@ def possible_changes(
 ) -> Iterator[list[dict[str, Any]]]:
     """Changes worth a try, by kind; those of a kind go further one after another.
 
-    `share`: of a GPU, what an engine would get if vllm_gpu_memory_utilization were not given.
+    `share`: of a GPU, what its engines would get if vllm_gpu_memory_utilization were not given.
     """
     if shares_gpus(config):
         refused = [name for name in ("offload_optimizer", "offload_model") if getattr(config, name) is False]
@@ -35,6 +35,9 @@ def possible_changes(
         yield [{"teacher.own_devices": True}]
     if config.vllm_gpu_memory_utilization is not None:
         yield [{"vllm_gpu_memory_utilization": share}]
+    if config.rollout.engines_per_device > 1:
+        fewer = {"rollout.num_engines": engine_places(config)} if config.rollout.num_engines else {}
+        yield [fewer | {"rollout.engines_per_device": 1}]
     if config.micro_batch_tokens:
         longest = longest_sequence(config)
         yield [{"micro_batch_tokens": max(size, longest)} for size in _halves(config.micro_batch_tokens, longest)]
@@ -59,10 +62,11 @@ def possible_changes(
 
 
 def changed(config: Config, change: dict[str, Any]) -> Config:
-    """`config` with other values of these options, of which some are the teacher's."""
-    teacher = {name.removeprefix("teacher."): value for name, value in change.items() if name.startswith("teacher.")}
-    rest = {name: value for name, value in change.items() if not name.startswith("teacher.")}
-    return replace(config, teacher=replace(config.teacher, **teacher), **rest)
+    """`config` with other values of these options, of which some are a role's."""
+    for name, value in change.items():
+        role, _, option = name.rpartition(".")
+        config = replace(config, **{role: replace(getattr(config, role), **{option: value})} if role else {option: value})
+    return config
 
 
 def in_words(change: dict[str, Any]) -> str:
@@ -110,7 +114,7 @@ def _wider_engines(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
     changes = []
     for width in (2, 4, 8):
         change = {"vllm_tensor_parallel_size": width}
-        if not samples(config) or shares_gpus(config) and config.nproc_per_node % width:
+        if not samples(config) or config.rollout.engines_per_device > 1 or shares_gpus(config) and config.nproc_per_node % width:
             continue
         try:
             check_width(config, shape, width, "vllm_tensor_parallel_size")

@@ -104,7 +104,13 @@ class RolloutRole:
     """Rollout engines (rollout.NAME)"""
 
     num_engines: int | None = engine(
-        None, "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size; otherwise 1)", own=True, least=1
+        None,
+        "vLLM engines (default: engines_per_device, in colocate for each vllm_tensor_parallel_size ranks)",
+        own=True,
+        least=1,
+    )
+    engines_per_device: int = engine(
+        1, "engines that share a device, which one engine of a small model leaves idle", own=True, least=1
     )
 
 
@@ -435,7 +441,7 @@ class SamplingOptions:
     infer_backend: Literal["vllm"] = option("vllm", "who generates", tasks=(*INFER, "rollout"))
     stream: bool | None = option(None, "answers appear as they are generated (default: unless from a dataset)", tasks=("infer",))
     vllm_gpu_memory_utilization: float | None = engine(
-        None, "share of a device's memory for an engine (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
+        None, "share of a device's memory for its engines (default: 0.9; on a shared GPU what the policy leaves)", above=0, most=1
     )
     offload_model: bool | None = sampled(
         None, "weights wait in host memory while engines generate on their GPUs, a frozen model's too (default: as needed)"

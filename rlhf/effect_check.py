@@ -179,8 +179,8 @@ NEEDS = (
     ),
     # Engines
     Need(
-        options="rollout.num_engines vllm_mode vllm_gpu_memory_utilization offload_model offload_optimizer push_timeout "
-        "log_completions",
+        options="rollout.num_engines rollout.engines_per_device vllm_mode vllm_gpu_memory_utilization offload_model "
+        "offload_optimizer push_timeout log_completions",
         met=trains_on_responses,
         lack="with lmbda 0, where the policy samples no responses",
         give="--lmbda 0.5",

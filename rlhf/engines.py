@@ -12,6 +12,7 @@ import ray
 from actors.group import EngineGroup, RankGroup
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from actors.teacher_engine import TeacherEngine
+from rlhf.cluster import SHARES
 from rlhf.config import INFER, Config
 from rlhf.counts import own_places, teacher_engines
 from rlhf.named_engines import NAMESPACE, engine_name
@@ -37,13 +38,15 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
     config, count = cluster.config, cluster.num_engines
     if cluster.named is not None:
         return RolloutEngines(cluster.named, num_engines=count, config=config, start=lambda engine: engine.serve.remote(config))
+    width, each = config.vllm_tensor_parallel_size, config.rollout.engines_per_device
+    places = count // each
     if own_places(config):
-        seats = [Seat(options=cluster.on_place(cluster.policy_ranks + index, share=1)) for index in range(count)]
+        seats = [Seat(options=cluster.on_place(cluster.policy_ranks + place, share=1 / each)) for place in range(places)]
     else:
-        seats = _joined_seats(cluster, range(count * config.vllm_tensor_parallel_size), config.vllm_tensor_parallel_size)
+        seats = _joined_seats(cluster, range(places * width), width, share=1 / SHARES / each)
 
     def spawn(index: int) -> Any:
-        return _start(cluster, seats[index], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
+        return _start(cluster, seats[index % places], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
 
     if not cluster.shares_gpus:
         return RolloutEngines(spawn, num_engines=count, config=config)
@@ -51,7 +54,7 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
         spawn,
         num_engines=count,
         config=config,
-        sender_of=lambda index: index * config.vllm_tensor_parallel_size,
+        sender_of=lambda index: index % places * width,
         neighbours=ranks,
     )
     for group in ranks:
@@ -83,8 +86,11 @@ def build_teacher_group(cluster: Cluster) -> EngineGroup:
     return EngineGroup("teacher", engines, timeout=config.call_timeout)
 
 
-def _joined_seats(cluster: Cluster, places: range, width: int) -> list[Seat]:
-    """Seats on `width` ranks' places each, one after another. ValueError when an engine would be on several nodes."""
+def _joined_seats(cluster: Cluster, places: range, width: int, share: float = 1 / SHARES) -> list[Seat]:
+    """Seats on `width` ranks' places each, one after another, of which an engine takes a `share` of the first.
+
+    ValueError when an engine would be on several nodes.
+    """
     used = places[: len(places) // width * width]
     firsts = range(0, len(used), width)
     for part in (used[first : first + width] for first in firsts):
@@ -95,7 +101,7 @@ def _joined_seats(cluster: Cluster, places: range, width: int) -> list[Seat]:
                 f"{len(nodes)}: let its tensor parallel size divide the GPUs that a node gives"
             )
     gpus = cluster.gpus(used) if width > 1 and cluster.has_gpus else []
-    return [Seat(options=cluster.on_place(used[first]), gpus=tuple(gpus[first : first + width])) for first in firsts]
+    return [Seat(options=cluster.on_place(used[first], share), gpus=tuple(gpus[first : first + width])) for first in firsts]
 
 
 def _start(cluster: Cluster, seat: Seat, index: int, **arguments: Any) -> Any:

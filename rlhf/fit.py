@@ -1,6 +1,6 @@
 """Fits a run to its GPUs before it starts: the options that memory decides, and the refusal of what cannot fit.
 
-Where engines share the policy's GPUs, an engine gets what the policy leaves while it generates. Numbers are those of
+Where engines share the policy's GPUs, those of a GPU get what the policy leaves while they generate. Numbers are those of
 `rlhf.memory` and `rlhf.phases`: predictions.
 """
 
@@ -16,7 +16,7 @@ from rlhf.model_folder import ModelShape
 from rlhf.phases import ACTIVATIONS, ENGINE_RESIDUE, ENGINE_WORK, holdings, offloaded, phases, shares_gpus
 
 MARGIN = 2  # per cent of a GPU that nobody is given
-MOST = 90  # per cent of a GPU that an engine gets when the user does not say
+MOST = 90  # per cent of a GPU that its engines get when the user does not say
 RESPONSES = 256  # of the longest length: what a KV cache should hold before the policy may stay on the GPU
 DECIDED = ("vllm_gpu_memory_utilization", "offload_optimizer", "offload_model")
 
@@ -35,7 +35,7 @@ def fit(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_
 def complete(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int | None) -> Config:
     """`fit` without the refusal. What is given stays.
 
-    On shared GPUs the optimizer's state is offloaded first, then the models too, until what the engine needs fits: the share
+    On shared GPUs the optimizer's state is offloaded first, then the models too, until what an engine needs fits: the share
     that was given, or room in its KV cache for RESPONSES (or as many as there are) of the longest length.
     """
     if gpu_memory is None or not samples(config):
@@ -115,13 +115,13 @@ def _filled(config: Config, share: float, *, optimizer: bool, model: bool) -> Co
 
 
 def _kept(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> int:
-    """Bytes that the ranks on one GPU keep while its engine generates."""
+    """Bytes that the ranks on one GPU keep while its engines generate."""
     held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
     return sum(size for name, size in held.items() if not name.startswith("engine"))
 
 
 def _share_left(config: Config, shape: ModelShape, frozen_shape: ModelShape | None, gpu_memory: int) -> float:
-    """Of the GPU, beside all that is not the engine's share and the margin, rounded down to 0.01; may be negative."""
+    """Of the GPU, beside all that is not the engines' share and the margin, rounded down to 0.01; may be negative."""
     held = holdings(config, shape, frozen_shape, gpu_memory)["generate"]
     beside = sum(held.values()) - held["engine"]
     return ((100 - MARGIN) * gpu_memory - 100 * beside) // gpu_memory / 100
@@ -129,8 +129,12 @@ def _share_left(config: Config, shape: ModelShape, frozen_shape: ModelShape | No
 
 def _cache(config: Config, shape: ModelShape, gpu_memory: int) -> int:
     """Bytes that remain of an engine's share for its KV cache; may be negative."""
-    share = int(config.vllm_gpu_memory_utilization * gpu_memory)
-    return share - engine_memory(config, shape).weights - ENGINE_RESIDUE - ENGINE_WORK
+    return _engine_share(config, gpu_memory) - engine_memory(config, shape).weights - ENGINE_RESIDUE - ENGINE_WORK
+
+
+def _engine_share(config: Config, gpu_memory: int) -> int:
+    """Bytes of a GPU that one engine gets."""
+    return int(config.vllm_gpu_memory_utilization * gpu_memory) // config.rollout.engines_per_device
 
 
 def _wanted_responses(config: Config) -> int:
@@ -157,7 +161,7 @@ def _problem(
             texts.append(f"phase {phase} needs about {_gib(needed)} GiB of a GPU's {_gib(gpu_memory)} GiB ({parts})")
             lacking = max(lacking, needed - gpu_memory)
     if samples(config) and (short := sequence_cache(config, shape) - _cache(config, shape, gpu_memory)) > 0:
-        share = int(config.vllm_gpu_memory_utilization * gpu_memory)
+        share = _engine_share(config, gpu_memory)
         texts.append(
             f"phase generate: vllm_gpu_memory_utilization {config.vllm_gpu_memory_utilization:g} gives an engine "
             f"{_gib(share)} GiB of a GPU's {_gib(gpu_memory)} GiB, it needs at least {_gib(share + short)} "

@@ -72,15 +72,17 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     largest = widest * shape.hidden_size * BYTES[config.torch_dtype]
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET_BYTES, largest)}
     others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
-    asleep = {"sleeping engine": ENGINE_RESIDUE + others}
-    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": ENGINE_RESIDUE + others}
+    engines = config.rollout.engines_per_device
+    contexts = engines * ENGINE_RESIDUE + others
+    asleep = {"sleeping engine": contexts}
+    engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": contexts}
     if not shares_gpus(config):
         pushing = {"push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
         return {"train": train} | alone | pushing
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     frozen_away = set(frozen) if config.offload_model else set()
     policy_away = {"policy weights"} if config.offload_model else set()
-    loaded = {"engine weights": engine_memory(config, shape).weights}
+    loaded = {"engine weights": engines * engine_memory(config, shape).weights}
     return {phase: held | asleep for phase, held in ({"train": train} | alone).items()} | {
         "push": _without(ranks, optimizer | frozen_away) | asleep | loaded | buffers,
         "generate": _without(ranks, optimizer | frozen_away | policy_away) | engine,

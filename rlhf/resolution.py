@@ -70,7 +70,7 @@ def _resolve_engines(config: Config, shape: ModelShape | None) -> Config:
         truncation_strategy=config.truncation_strategy or "left",
         vllm_gpu_memory_utilization=config.vllm_gpu_memory_utilization or ENGINE_SHARE,
         stream=_or(config.stream, not (config.dataset or config.val_dataset)),
-        rollout=replace(config.rollout, num_engines=config.rollout.num_engines or 1),
+        rollout=replace(config.rollout, num_engines=config.rollout.num_engines or config.rollout.engines_per_device),
         cosine_max_len=config.cosine_max_len or config.max_completion_length,
         soft_max_length=config.soft_max_length or config.max_completion_length,
         external_plugins=[_absolute(name) for name in config.external_plugins],

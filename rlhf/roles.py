@@ -18,6 +18,7 @@ from actors.hugging_face import HuggingFaceModel
 from actors.policy import Policy
 from actors.prompts import PromptEncoder
 from actors.reward import RewardWorker
+from rlhf.config import RolloutRole
 from rlhf.counts import frozen_group, frozen_ranks, samples, teacher_devices, teacher_engines, total_steps
 from rlhf.data import PromptedRowStream, PromptStream, RowStream
 from rlhf.engines import build_engines, build_teacher_engines, build_teacher_group
@@ -173,7 +174,7 @@ def _answer_by_teacher(cluster: Cluster, data_worker: Any, dataset: ray.ObjectRe
     width = 1 if cluster.named else cluster.config.vllm_tensor_parallel_size  # an offer's width is that of its own devices
     if cluster.teacher_places:
         width = teacher_devices(cluster.config)
-    changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width}
+    changes = {"model": cluster.config.teacher.model, "vllm_tensor_parallel_size": width, "rollout": RolloutRole()}
     config = replace(cluster.config, vllm_gpu_memory_utilization=MOST / 100, **changes)
     engines = build_teacher_engines(cluster, config)
     info = cluster.answer(dataset, SETUP)

@@ -60,6 +60,7 @@ class RolloutEngines:
         self.deaths = 0  # since the last completed group or push
         self.gpu_gib: float | None = None  # the most that was in use on an engine's GPU since the last push
         self.engines: list[Any] = [None] * num_engines
+        self.places = num_engines // config.rollout.engines_per_device  # engine i is on place i % places
         self.starting: dict[int, ray.ObjectRef | None] = {}  # not ready: their set-up, None when it has not begun
         for index in range(num_engines):
             self._spawn(index)
@@ -73,9 +74,8 @@ class RolloutEngines:
         if self.starting and self.neighbours:
             self._leave(weights=True)
         while self.starting:
-            for index in self.starting:
-                self.starting[index] = self.starting[index] or self.start(self.engines[index])
-            index, ref = next(iter(self.starting.items()))
+            self._start_next()
+            index, ref = next((index, ref) for index, ref in self.starting.items() if ref is not None)
             try:
                 self._get(ref, index, "setup", deadline)
             except RayActorError as error:
@@ -263,11 +263,20 @@ class RolloutEngines:
         self._spawn(index)
 
     def _spawn(self, index: int) -> None:
-        """Start an engine's process, and its set-up too where it need not wait for the neighbours."""
-        engine = self.engines[index] = self.spawn(index)
-        if self.neighbours:
-            engine.load_libraries.remote()
-        self.starting[index] = None if self.neighbours else self.start(engine)
+        """Start an engine's process, and its set-up too where it need not wait for the neighbours, or others of its place."""
+        self.engines[index], self.starting[index] = self.spawn(index), None
+        if not self.neighbours:
+            self._start_next()
+        if self.starting[index] is None:
+            self.engines[index].load_libraries.remote()
+
+    def _start_next(self) -> None:
+        """Begin the set-up of engines that wait for it, one at a time on a place: each looks at what memory is free there."""
+        busy = {index % self.places for index, ref in self.starting.items() if ref is not None}
+        for index, ref in self.starting.items():
+            if ref is None and index % self.places not in busy:
+                self.starting[index] = self.start(self.engines[index])
+                busy.add(index % self.places)
 
     def _count_death(self, index: int, call: str, error: Exception) -> None:
         self.restarts += 1

@@ -56,9 +56,10 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 
 def test_a_killed_run_continues_bit_for_bit(model, data, plugin, tmp_path):
-    """Every metric that is not a time, and the final weights; two data ranks and a reference model."""
+    """Every metric that is not a time, and the final weights; two data ranks, a reference model and two engines on a place."""
     options = {"deterministic": "true", "train_iters": 5, "save_steps": 2, "nproc_per_node": 2, "beta": 0.04}
-    options |= {"cpus_per_rank": 0.5, "rollout.num_engines": 1, "lr_warmup_iters": 2, "min_lr": 1e-4}
+    options |= {"cpus_per_rank": 0.5, "rollout.num_engines": 2, "rollout.engines_per_device": 2}
+    options |= {"lr_warmup_iters": 2, "min_lr": 1e-4}
     status, output = command.run(*grpo(model, data, plugin, tmp_path, "whole", **options), log=tmp_path / "whole.log")
     assert status == 0, output
     whole = command.metrics(tmp_path / "whole")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import rlhf.run
-from rlhf.config import Config
+from rlhf.config import Config, RolloutRole
 from rlhf.devices import Devices
 from rlhf.fit import complete, fit, note, refusal, warning
 from rlhf.memory import shapes
@@ -72,6 +72,22 @@ def test_phases_of_one_shared_gpu(grpo):
     predicted["push"] -= optimizer + weights  # the reference's
     predicted["generate"] -= optimizer + 2 * weights
     assert phases(away, *shapes(config), H200) == predicted
+
+
+def test_engines_that_share_a_gpu_have_its_share_together(grpo):
+    config, two = grpo(), grpo(rollout=RolloutRole(engines_per_device=2))
+    peaks, doubled = (phases(fit(given, *shapes(config), H200), *shapes(config), H200) for given in (config, two))
+    each = 3 * GIB // 2  # of one more engine, beside its share
+    assert decided(fit(two, *shapes(config), H200)) == (decided(fit(config, *shapes(config), H200))[0] - 0.01, False, False)
+    assert doubled["train"] - peaks["train"] == each
+    assert doubled["push"] - peaks["push"] == each + 2 * SMALL  # and its weights
+    large = grpo(QWEN25_7B, **LARGE, vllm_gpu_memory_utilization=0.2, rollout=RolloutRole(num_engines=4, engines_per_device=2))
+    assert refusal(large, *shapes(large), H200) == (
+        "phase generate: vllm_gpu_memory_utilization 0.2 gives an engine 14.0 GiB of a GPU's 140.4 GiB, it needs at least 18.0 "
+        "(weights 14.2, one sequence of 5,120 tokens 0.3, itself 3.5); give vllm_gpu_memory_utilization 0.88; or "
+        "rollout.num_engines 2, rollout.engines_per_device 1"
+    )
+    assert refusal(replace(large, rollout=RolloutRole(num_engines=2)), *shapes(large), H200) is None
 
 
 def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):

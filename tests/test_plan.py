@@ -181,6 +181,9 @@ def test_batches_placement_and_verdict_in_words(tmp_path):
     text = render(own, plan(own, dataset_rows=None, devices=replace(CPU, cores=6)))
     assert "rollout      2 x  own bundles 2-3, each on 2 devices" in text
     assert "2 bundles of 1 CPU and 2 bundles of 2 CPU\n" in text + "\n"
+    shared = replace(config, rollout=RolloutRole(engines_per_device=2))
+    made = plan(shared, dataset_rows=None, devices=CPU)
+    assert "rollout      8 x  with the policy, bundles 0-3, 2 on each device" in render(shared, made)
     small = replace(CPU, memory=2**20)
     assert ": too much (libraries not counted)" in render(config, plan(config, dataset_rows=1, devices=small))
     assert plan(replace(config, beta=0.0), dataset_rows=1, devices=CPU).roles[1].name == "rollout"

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tiny import make_tiny_model
 
 from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
-from rlhf.config import Config
+from rlhf.config import Config, RolloutRole
 from rlhf.records import Batch, Group, Prompt
 from rlhf.rollout import RolloutEngines
 
@@ -304,6 +305,27 @@ def test_deaths_in_the_setup_are_counted_and_their_successors_have_no_more_time(
         late.setup()
     assert time.monotonic() - start < 3 + 5.5 and late.restarts == 1  # and the seconds of the last report
     ray.kill(spawned[-1])
+
+
+def test_engines_of_one_place_are_set_up_one_after_another(local_ray, models) -> None:
+    events: list[str] = []
+
+    class Told(RolloutEngines):
+        def _get(self, ref, index, call, deadline=None):
+            events.append(f"ready {index}")
+            return super()._get(ref, index, call, deadline)
+
+    def start(engine: SimpleNamespace) -> ray.ObjectRef:
+        events.append(f"start {engine.index}")
+        return ray.put(None)
+
+    def spawn(index: int) -> SimpleNamespace:
+        return SimpleNamespace(index=index, load_libraries=SimpleNamespace(remote=lambda: None))
+
+    config = settings(models["a"], rollout=RolloutRole(num_engines=4, engines_per_device=2))
+    Told(spawn, num_engines=4, config=config, start=start).setup()
+    order = ["start 0", "start 1", "ready 0", "start 2", "ready 1", "start 3", "ready 2", "ready 3"]
+    assert events == order
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

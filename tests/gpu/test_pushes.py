@@ -11,6 +11,7 @@ from demo_command import demo
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.batching import group_shards
 from rlhf.cluster import Cluster
+from rlhf.config import RolloutRole
 from rlhf.grpo import grpo_loss_of
 from rlhf.options import load_config
 from rlhf.roles import build_roles
@@ -22,12 +23,13 @@ def greedy(rollout: RolloutEngines, prompts) -> dict[int, list[list[int]]]:
     return {group.prompt.index: [ids.tolist() for ids in ray.get(group.tokens).response_ids] for group in groups}
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, work, taught, tmp_path, mode):
-    constant = {"lr": 1e-3, "lr_decay_style": "constant", "min_lr": 0}
-    words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", **constant)
+@pytest.mark.parametrize(("mode", "engines"), [("colocate", 1), ("colocate", 2), ("server", 1)])
+def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, work, taught, tmp_path, mode, engines):
+    options = {"lr": 1e-3, "lr_decay_style": "constant", "min_lr": 0}
+    options |= {"rollout.num_engines": engines, "rollout.engines_per_device": engines}
+    words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", **options)
     config = load_config(list(map(str, words)))
-    with Cluster(config, policy_ranks=1, num_engines=1) as cluster:
+    with Cluster(config, policy_ranks=1, num_engines=engines) as cluster:
         config, roles = cluster.config, build_roles(cluster, tmp_path)
         policy, rollout = roles.policy, roles.rollout
         policy.broadcast("schedule", 10)
@@ -45,7 +47,7 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
 
     def spawn(index: int):
         kind = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_gpus=1, runtime_env={"env_vars": ENVIRONMENT})
-        return kind.remote(replace(config, model=str(tmp_path)), index=index, load_weights=True)
+        return kind.remote(replace(config, model=str(tmp_path), rollout=RolloutRole()), index=index, load_weights=True)
 
     fresh = RolloutEngines(spawn, num_engines=1, config=config)
     assert greedy(fresh, prompts) == after
