@@ -137,7 +137,8 @@ class Policy(MegatronRank):
     @cached_property
     def transport(self) -> Transport:
         """How weights get to this rank's engines: kept, since it may hold a group of processes."""
-        return self.platform.transport(shared_device=self.config.vllm_mode == "colocate")
+        width = self.config.vllm_tensor_parallel_size
+        return self.platform.transport(shared_device=self.config.vllm_mode == "colocate", width=width)
 
     def push_weights(self, engines: dict[int, ActorHandle], version: int) -> PushReport | None:
         """Send all weights, the adapter merged in, as `version` to this rank's rollout engines {index: actor}.

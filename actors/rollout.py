@@ -198,10 +198,10 @@ class RolloutEngine:
 
     async def receive_bucket(self, bucket: Bucket) -> None:
         """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
-        if self.thread.workers.processes:
-            data, _kept = await for_workers(bucket.payload)  # kept until this returns
+        if workers := len(self.thread.workers.processes):
+            data, _kept = await for_workers(bucket.payload, self.index, workers)  # kept until this returns
         else:
-            data = await bucket.payload.open()
+            data = await bucket.payload.open(self.index)
         bare = replace(bucket, payload=None)  # which another process could not read
 
         def load() -> None:

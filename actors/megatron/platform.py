@@ -45,11 +45,11 @@ class Platform:
             weakref.finalize(memory, runtime.cudaHostUnregister, address)
         return memory
 
-    def transport(self, *, shared_device: bool) -> Transport:
-        """How weights get to engines; `shared_device`: to those on this rank's own device."""
+    def transport(self, *, shared_device: bool, width: int) -> Transport:
+        """How weights get to engines, `width` processes each; `shared_device`: to those on this rank's own device."""
         if self.device.type != "cuda":
             return ObjectStore()
-        return CudaIpc() if shared_device else Broadcast(self.backend)
+        return CudaIpc(width) if shared_device else Broadcast(self.backend)
 
 
 def start_platform() -> Platform:

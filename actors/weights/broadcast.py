@@ -91,7 +91,7 @@ class BroadcastBytes:
     place: int  # from 0
     size: int  # bytes
 
-    async def open(self) -> torch.Tensor:
+    async def open(self, engine: int) -> torch.Tensor:
         if _membership is None or _membership.seat.group != self.group:
             raise PushError(f"a bucket for the group at {self.group}, which this engine is not in")
         return await _membership.receive(self.place, self.size)

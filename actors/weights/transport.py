@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Payload(Protocol):
     """What the receiving side needs to find the bytes."""
 
-    async def open(self) -> torch.Tensor:
-        """The bytes, uint8 [size], not to be written to; they stay valid as long as the tensor lives."""
+    async def open(self, engine: int) -> torch.Tensor:
+        """For this engine: the bytes, uint8 [size], not to be written to; they stay valid as long as the tensor lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class StoredBytes:
 
     ref: Any  # ray.ObjectRef
 
-    async def open(self) -> torch.Tensor:
+    async def open(self, engine: int) -> torch.Tensor:
         import torch
 
         array = await self.ref
@@ -83,16 +83,21 @@ class StoredBytes:
 class CudaIpc:
     """Memory of a GPU that both processes use: the engine maps what the rank holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
+        """`width`: processes of an engine, each of which maps the memory."""
+        self.width = width
+        self.engines: list[int] = []
         self.held: dict[int, torch.Tensor] = {}  # by what tells payloads apart
 
     def connect(self, engines: dict[int, Any], timeout: float) -> Connecting:
         """Nothing to do: both are on one device."""
+        self.engines = list(engines)
         return Connecting()
 
     def send(self, data: torch.Tensor) -> MappedBytes:
         self.held[data.data_ptr()] = data
-        return MappedBytes.of(data)
+        handles = {engine: [Handle.of(data) for _ in range(self.width)] for engine in self.engines}
+        return MappedBytes(key=data.data_ptr(), handles=handles)
 
     def release(self, payload: MappedBytes) -> None:
         del self.held[payload.key]
@@ -102,33 +107,46 @@ class CudaIpc:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MappedBytes:
-    """A handle to memory of a GPU. The process that has it keeps it until all others are done."""
+class Handle:
+    """Memory of a GPU for one other process, which must map it exactly once.
 
-    key: int
+    torch counts the processes that have not let go of memory yet, 1 for each handle. That of a handle which two have mapped comes
+    to -1, which it takes for a large number: the memory would never be free again.
+    """
+
     rebuild: Any  # torch's function that maps the memory
     arguments: tuple[Any, ...]  # for it; the GPU by its number, which is the same for sender and receiver
 
     @classmethod
-    def of(cls, data: torch.Tensor) -> MappedBytes:
+    def of(cls, data: torch.Tensor) -> Handle:
+        """The process that has `data` keeps it until all others are done."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         rebuild, arguments = reduce_tensor(data)
-        return cls(key=data.data_ptr(), rebuild=rebuild, arguments=arguments)
-
-    async def open(self) -> torch.Tensor:
-        return self.map()
+        return cls(rebuild=rebuild, arguments=arguments)
 
     def map(self) -> torch.Tensor:
         return self.rebuild(*self.arguments)
 
 
-async def for_workers(payload: Payload) -> tuple[torch.Tensor | MappedBytes, torch.Tensor | None]:
-    """The bytes as an argument for an engine's worker processes, and what is to be kept until they are done.
+@dataclass(frozen=True, kw_only=True)
+class MappedBytes:
+    """Handles to the same memory of a GPU."""
+
+    key: int
+    handles: dict[int, list[Handle]]  # by engine, one for each of its processes
+
+    async def open(self, engine: int) -> torch.Tensor:
+        (handle,) = self.handles[engine]
+        return handle.map()
+
+
+async def for_workers(payload: Payload, engine: int, count: int) -> tuple[torch.Tensor | list[Handle], torch.Tensor | None]:
+    """The bytes as an argument for an engine's `count` worker processes, and what is to be kept until they are done.
 
     On a GPU each of them maps the memory, of its rank or of what this process received. Other memory vLLM copies to them.
     """
     if isinstance(payload, MappedBytes):
-        return payload, None
-    data = await payload.open()
-    return (MappedBytes.of(data), data) if data.is_cuda else (data, None)
+        return payload.handles[engine], None
+    data = await payload.open(engine)
+    return ([Handle.of(data) for _ in range(count)], data) if data.is_cuda else (data, None)

@@ -20,7 +20,7 @@ from actors.device_memory import peak_gib
 from actors.sampled_logprobs import LogprobRecorder
 from actors.weights.checksum import checksum
 from actors.weights.ledger import PushError
-from actors.weights.transport import MappedBytes
+from actors.weights.transport import Handle
 from rlhf.records import Bucket
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
@@ -53,12 +53,12 @@ class WorkerExtension(LogprobRecorder):
                 initialize_layerwise_reload(self.model_runner.model)
         self._loading = True
 
-    def load_bucket(self, bucket: Bucket, source: torch.Tensor | MappedBytes, names: list[str]) -> None:
+    def load_bucket(self, bucket: Bucket, source: torch.Tensor | list[Handle], names: list[str]) -> None:
         """Load `names` of a bucket from its bytes, uint8 [size], after they gave the sender's checksum.
 
-        Every worker reads all bytes, on its own device, and keeps its part of each tensor.
+        Every worker reads all bytes, on its own device, by its own handle, and keeps its part of each tensor.
         """
-        data = (source.map() if isinstance(source, MappedBytes) else source).to(self.device)
+        data = (source[self.rank].map() if isinstance(source, list) else source).to(self.device)
         assert data.numel() == bucket.size, (data.numel(), bucket.size)
         found = checksum(data)
         if found != bucket.checksum:
