@@ -30,7 +30,7 @@ def gpu_ray() -> str:
     """The address of a Ray with two GPU places."""
     import ray
 
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
     if find_devices().gpus < PLACES:
         paths.insert(0, str(HERE / "one_card"))
         os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"

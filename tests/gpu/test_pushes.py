@@ -45,10 +45,12 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
         after = greedy(rollout, prompts)
         assert after != before
 
+    one = replace(config, model=str(tmp_path), rollout=RolloutRole())
+
     def spawn(index: int):
         kind = ray.remote(max_concurrency=1000)(RolloutEngine).options(num_gpus=1, runtime_env={"env_vars": ENVIRONMENT})
-        return kind.remote(replace(config, model=str(tmp_path), rollout=RolloutRole()), index=index, load_weights=True)
+        return kind.remote(one, index=index, load_weights=True)
 
-    fresh = RolloutEngines(spawn, num_engines=1, config=config)
+    fresh = RolloutEngines(spawn, num_engines=1, config=one)
     assert greedy(fresh, prompts) == after
     ray.kill(fresh.engines[0])
