@@ -24,7 +24,7 @@ def check_engines(config: Config, shape: ModelShape) -> None:
     if each > 1 and (config.task == "rollout" or samples(config) and config.vllm_mode == "server"):
         raise ValueError(
             f"rollout.engines_per_device {each}: NCCL, which brings the weights to engines on GPUs of their own, reaches one "
-            "process on each; leave it out, or use vllm_mode colocate"
+            "process on each; leave it out, or train with vllm_mode colocate"
         )
     if engines and engines % each:
         raise ValueError(f"rollout.num_engines {engines} is no multiple of rollout.engines_per_device {each}")

@@ -126,7 +126,7 @@ def test_words_that_are_not_understood(words, message):
         ("--rollout.num_engines 2", "vllm_mode colocate has 1 policy ranks to share; 2 engines x vllm_tensor_parallel_size 1 need 2"),
         ("--rollout.num_engines 4 --rollout.engines_per_device 2", "vllm_mode colocate has 1 policy ranks to share; 4 engines, 2 on a device, need 2"),
         ("--rollout.num_engines 3 --rollout.engines_per_device 2", "rollout.num_engines 3 is no multiple of rollout.engines_per_device 2"),
-        ("--vllm_mode server --rollout.engines_per_device 2", "rollout.engines_per_device 2: NCCL, which brings the weights to engines on GPUs of their own, reaches one process on each; leave it out, or use vllm_mode colocate"),
+        ("--vllm_mode server --rollout.engines_per_device 2", "rollout.engines_per_device 2: NCCL, which brings the weights to engines on GPUs of their own, reaches one process on each; leave it out, or train with vllm_mode colocate"),
         ("--nproc_per_node 2 --rollout.engines_per_device 2 --vllm_tensor_parallel_size 2", "rollout.engines_per_device 2 is for a model too small to keep a GPU busy, vllm_tensor_parallel_size 2 for one too large for it: leave one of them out"),
         ("--min_lr 1", "min_lr 1 is greater than lr 1e-05"),
         ("--lr_warmup_iters 2", "lr_warmup_iters 2 must be less than train_iters 2"),
