@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ class Cluster:
         index = self.bundles[place]
         strategy = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=index)
         size = self.placement.bundle_specs[index]
-        options = {"scheduling_strategy": strategy, "num_cpus": size["CPU"] * share}
+        options = {"scheduling_strategy": strategy, "num_cpus": part(size["CPU"], share)}
         if size.get("GPU"):
-            options["num_gpus"] = size["GPU"] * share
+            options["num_gpus"] = part(size["GPU"], share)
         return options
 
     def gpus(self, places: Iterable[int]) -> list[str]:
@@ -254,6 +255,11 @@ def _assigned_gpu() -> str:
     """The GPU of the place that this runs on."""
     (gpu,) = ray.get_gpu_ids()
     return str(gpu)
+
+
+def part(size: float, share: float) -> float:
+    """Of a resource, in the ten-thousandths that Ray counts in. Rounded down: the parts of a place must not be more than it."""
+    return floor(size * share * 10_000 + 1e-6) / 10_000
 
 
 def by_node(nodes: dict[int, str]) -> list[int]:

@@ -66,7 +66,7 @@ class RolloutEngines:
             self._spawn(index)
 
     def setup(self) -> None:
-        """Wait until every engine is built, within call_timeout; one that dies meanwhile is replaced.
+        """Wait until every engine is built, within call_timeout of the one before it on its place; one that dies is replaced.
 
         RankFailure names one that is late, or died after too many others. What fails without a death is raised as it is.
         """
@@ -77,7 +77,7 @@ class RolloutEngines:
             self._start_next()
             index, ref = next((index, ref) for index, ref in self.starting.items() if ref is not None)
             try:
-                self._get(ref, index, "setup", deadline)
+                self._get(ref, index, "setup", deadline + index // self.places * self.config.call_timeout)
             except RayActorError as error:
                 self._count_death(index, "setup", error)
                 print(f"rollout engine {index} died while it was built: another one takes its place", flush=True)
@@ -99,9 +99,7 @@ class RolloutEngines:
         An engine that died is replaced at that push.
         """
         start = time.monotonic()
-        if self.neighbours and not self.asleep:
-            self._ask("sleep")
-            self.asleep = True
+        self._sleep()
         if ranks in self.away:
             ranks.broadcast("enter_device")
             self.away.remove(ranks)
@@ -166,6 +164,7 @@ class RolloutEngines:
         Where the policy has to come back to shared GPUs for that, the other engines sleep meanwhile: their requests are lost.
         """
         self._count_death(index, call, error)
+        self._sleep()  # the new one looks at what memory is free
         self._respawn(index)
         self.setup()
         if self.policy is not None:
@@ -222,6 +221,12 @@ class RolloutEngines:
             ranks.broadcast("leave_device", weights or ranks is not self.policy)
         self.away = list(self.neighbours)
         self.seconds["switch"] += time.monotonic() - start
+
+    def _sleep(self) -> None:
+        """Put engines that have neighbours to sleep."""
+        if self.neighbours and not self.asleep:
+            self._ask("sleep")
+            self.asleep = True
 
     def _wake(self, tag: str) -> bool:
         """Wake every engine. False when one had died: they have been replaced."""

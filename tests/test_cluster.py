@@ -16,7 +16,7 @@ import pytest
 from command import ROOT, metrics
 from tiny import make_tiny_model
 
-from rlhf.cluster import by_node
+from rlhf.cluster import by_node, part
 
 BIN = Path(sys.executable).parent
 
@@ -73,6 +73,13 @@ def submit(options: str, environment: dict[str, str], dashboard: str, log: Path)
             time.sleep(0.5)
         if job.poll() is None or "No available agent" not in log.read_text():
             return job
+
+
+def test_the_parts_of_a_place_are_never_more_than_it():
+    for size in (1, 2, 5, 8, 0.5):
+        for count in range(1, 13):
+            whole = round(part(size, 1 / count) * 10_000) * count
+            assert size * 10_000 - count < whole <= size * 10_000
 
 
 def test_ranks_that_follow_each_other_sit_on_one_node():
