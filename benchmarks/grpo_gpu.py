@@ -121,12 +121,13 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
     from actors.rollout import ENVIRONMENT, RolloutEngine
     from rlhf.config import RolloutRole
-    from rlhf.counts import engine_places, rollout_engines
+    from rlhf.counts import rollout_engines
     from rlhf.options import load_config
     from rlhf.rollout import RolloutEngines
 
     config = load_config(options(arguments) + ["--vllm_gpu_memory_utilization", "0.28"])
-    places = engine_places(config)
+    count = rollout_engines(config)
+    places = count // config.rollout.engines_per_device
     ray.init(include_dashboard=False, logging_level="ERROR")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(ray.cluster_resources()["GPU"]))))).split(",")
 
@@ -141,7 +142,7 @@ def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
         return start(DefaultAlone, config.model, gpu=gpu, share=0.28, sequences=PROMPTS * RESPONSES)
 
     default = start_default(gpus[places]) if len(gpus) > places else None
-    rollout = RolloutEngines(spawn, num_engines=rollout_engines(config), config=config)
+    rollout = RolloutEngines(spawn, num_engines=count, config=config)
     rollout.setup()
     fast = start(EngineAlone, replace(config, rollout=RolloutRole()), 0, gpu=gpus[0], env=ENVIRONMENT)
     ray.get(fast.__ray_ready__.remote())  # one after the other on one GPU: each looks at what memory is free there

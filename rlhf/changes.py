@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.config import Config
-from rlhf.counts import data_ranks, engine_places, frozen_group, policy_ranks, samples, teacher_places, teacher_width
+from rlhf.counts import data_ranks, frozen_group, policy_ranks, samples, teacher_places, teacher_width
 from rlhf.engine_check import check_width
 from rlhf.layout_check import check_layout
 from rlhf.memory import longest_sequence
@@ -35,9 +35,9 @@ def possible_changes(
         yield [{"teacher.own_devices": True}]
     if config.vllm_gpu_memory_utilization is not None:
         yield [{"vllm_gpu_memory_utilization": share}]
-    if config.rollout.engines_per_device > 1:
-        fewer = {"rollout.num_engines": engine_places(config)} if config.rollout.num_engines else {}
-        yield [fewer | {"rollout.engines_per_device": 1}]
+    alone = _alone(config)
+    if alone:
+        yield [alone]
     if config.micro_batch_tokens:
         longest = longest_sequence(config)
         yield [{"micro_batch_tokens": max(size, longest)} for size in _halves(config.micro_batch_tokens, longest)]
@@ -53,7 +53,7 @@ def possible_changes(
         names, role = ("teacher.tensor_model_parallel_size", "teacher.nproc"), config.teacher
         layout, size = frozen_pipeline(config, role), teacher_width(config)
         yield _more_tensor_ranks(frozen_shape, layout, now=size, names=names, ranks=role.nproc or 0)
-    yield _wider_engines(config, shape)
+    yield [alone | change for change in _wider_engines(config, shape)]
     yield _more_expert_ranks(config, shape)
     if not config.use_distributed_optimizer and data_ranks(config) > 1:
         yield [{"use_distributed_optimizer": True}]
@@ -109,17 +109,27 @@ def _more_tensor_ranks(
     return changes
 
 
+def _alone(config: Config) -> dict[str, Any]:
+    """One engine on each device; nothing where that is so."""
+    each, engines = config.rollout.engines_per_device, config.rollout.num_engines
+    if each == 1:
+        return {}
+    return ({"rollout.num_engines": engines // each} if engines else {}) | {"rollout.engines_per_device": 1}
+
+
 def _wider_engines(config: Config, shape: ModelShape) -> list[dict[str, Any]]:
     """Engines on 2, 4 and 8 devices where that divides the model, and the policy's ranks of a node if they share those."""
     changes = []
     for width in (2, 4, 8):
         change = {"vllm_tensor_parallel_size": width}
-        if not samples(config) or config.rollout.engines_per_device > 1 or shares_gpus(config) and config.nproc_per_node % width:
+        if not samples(config) or shares_gpus(config) and config.nproc_per_node % width:
             continue
         try:
             check_width(config, shape, width, "vllm_tensor_parallel_size")
         except ValueError:
             continue
+        if (config.rollout.num_engines or 0) * width > policy_ranks(config) and shares_gpus(config):
+            change["rollout.num_engines"] = policy_ranks(config) // width
         if width > config.vllm_tensor_parallel_size:
             changes.append(change)
     return changes

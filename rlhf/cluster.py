@@ -177,7 +177,7 @@ class Cluster:
     def _reserve(self) -> None:
         """Reserve the places: policy ranks first, then the engines of server mode, then a teacher's own."""
         config = self.config
-        engines = 0 if self.named or not own_places(config) else self.num_engines // config.rollout.engines_per_device
+        engines = 0 if self.named or not own_places(config) else self.num_engines
         places = {
             "policy ranks": [1] * self.policy_ranks,
             "engine places": [config.vllm_tensor_parallel_size] * engines,

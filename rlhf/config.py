@@ -94,6 +94,11 @@ def reads_prompts(config: Any) -> bool:
     return config.task in ("grpo", *INFER) or config.task == "gkd" and (config.lmbda > 0 or config.seq_kd)
 
 
+def streams(config: Any) -> bool:
+    """Whether infer shows answers as they are generated."""
+    return not (config.dataset or config.val_dataset) if config.stream is None else config.stream
+
+
 def reads_answers(config: Any) -> bool:
     """Whether the answers in the rows are trained on."""
     return config.task not in ("grpo", *INFER) and not (config.task == "gkd" and (config.lmbda == 1 or config.seq_kd))
@@ -105,12 +110,12 @@ class RolloutRole:
 
     num_engines: int | None = engine(
         None,
-        "vLLM engines (default: engines_per_device, in colocate for each vllm_tensor_parallel_size ranks)",
+        "vLLM engines (default: colocate: ranks / vllm_tensor_parallel_size x engines_per_device; otherwise 1)",
         own=True,
         least=1,
     )
-    engines_per_device: int = engine(
-        1, "engines that share a device, which one engine of a small model leaves idle", own=True, least=1
+    engines_per_device: int = own_sampled(
+        1, "colocate: engines that share each of the policy's devices, which one of a small model leaves idle", least=1
     )
 
 

@@ -50,13 +50,9 @@ def rollout_engines(config: Config) -> int:
         return 0
     if config.rollout.num_engines is not None:
         return config.rollout.num_engines
-    places = policy_ranks(config) // config.vllm_tensor_parallel_size if config.vllm_mode == "colocate" else 1
-    return places * config.rollout.engines_per_device
-
-
-def engine_places(config: Config) -> int:
-    """Places that the engines sit on, `vllm_tensor_parallel_size` devices each."""
-    return ceil(rollout_engines(config) / config.rollout.engines_per_device)
+    if config.vllm_mode != "colocate":
+        return 1
+    return policy_ranks(config) // config.vllm_tensor_parallel_size * config.rollout.engines_per_device
 
 
 def compares(config: Config) -> bool:

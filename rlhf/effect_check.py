@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from rlhf.config import DEFAULTS, LOSSES, SAMPLED, Config, reads_prompts
+from rlhf.config import DEFAULTS, LOSSES, SAMPLED, Config, reads_prompts, streams
 from rlhf.counts import samples, teacher_places
 from rlhf.preference_losses import PLAIN_RATIO_LOSS_TYPES, SMOOTHED_LOSS_TYPES
 
@@ -186,13 +186,19 @@ NEEDS = (
         give="--lmbda 0.5",
     ),
     Need(
+        options="rollout.num_engines",
+        met=lambda config: config.task != "infer" or not streams(config),
+        lack="with streamed answers, which come one after another",
+        give="--dataset with --stream false",
+    ),
+    Need(
         options="rollout_name",
         met=lambda config: config.task not in SAMPLED or config.vllm_mode == "server",
         lack="with vllm_mode colocate, whose engines are the run's own",
         give="--vllm_mode server",
     ),
     Need(
-        options="offload_model offload_optimizer",
+        options="offload_model offload_optimizer rollout.engines_per_device",
         met=lambda config: config.vllm_mode == "colocate",
         lack="with vllm_mode server, where no GPU is shared",
         give="--vllm_mode colocate",

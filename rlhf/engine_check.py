@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.config import Config
-from rlhf.counts import engine_places, policy_ranks, rollout_engines, samples, teacher_devices, teacher_places
+from rlhf.counts import policy_ranks, rollout_engines, teacher_devices, teacher_places
 from rlhf.layout_check import check_tensor_split
 from rlhf.model_folder import ModelShape
 
@@ -15,19 +15,6 @@ def check_engines(config: Config, shape: ModelShape) -> None:
     if config.top_k == 0:
         raise ValueError("top_k 0 leaves no token: use -1 for all")
     check_width(config, shape, config.vllm_tensor_parallel_size, "vllm_tensor_parallel_size")
-    engines, each = config.rollout.num_engines, config.rollout.engines_per_device
-    if each > 1 and config.vllm_tensor_parallel_size > 1:
-        raise ValueError(
-            f"rollout.engines_per_device {each} is for a model too small to keep a GPU busy, vllm_tensor_parallel_size "
-            f"{config.vllm_tensor_parallel_size} for one too large for it: leave one of them out"
-        )
-    if each > 1 and (config.task == "rollout" or samples(config) and config.vllm_mode == "server"):
-        raise ValueError(
-            f"rollout.engines_per_device {each}: NCCL, which brings the weights to engines on GPUs of their own, reaches one "
-            "process on each; leave it out, or train with vllm_mode colocate"
-        )
-    if engines and engines % each:
-        raise ValueError(f"rollout.num_engines {engines} is no multiple of rollout.engines_per_device {each}")
     limit = config.vllm_max_model_len
     if limit and shape.max_length and limit > shape.max_length:
         raise ValueError(f"vllm_max_model_len {limit} is more than the model's limit of {shape.max_length} tokens")
@@ -67,14 +54,29 @@ def check_rollout(config: Config, shape: ModelShape) -> None:
         name = "the model's limit" if limit == shape.max_length else "vllm_max_model_len"
         given = f"max_completion_length {config.max_completion_length}"
         raise ValueError(f"{given} leaves no room for a prompt: {name} is {limit} tokens")
-    ranks, places, each = policy_ranks(config), engine_places(config), config.vllm_tensor_parallel_size
-    if config.vllm_mode == "colocate" and config.nnodes > 1 and config.nproc_per_node % each:
+    ranks, engines, width = policy_ranks(config), rollout_engines(config), config.vllm_tensor_parallel_size
+    if config.vllm_mode == "colocate" and config.nnodes > 1 and config.nproc_per_node % width:
         raise ValueError(
-            f"vllm_tensor_parallel_size {each} does not divide nproc_per_node {config.nproc_per_node}: an engine's devices are "
+            f"vllm_tensor_parallel_size {width} does not divide nproc_per_node {config.nproc_per_node}: an engine's devices are "
             "those of policy ranks of one node"
         )
-    if config.vllm_mode == "colocate" and (places == 0 or places * each > ranks):
-        engines = f"{max(places, 1)} engines x vllm_tensor_parallel_size {each}"
-        if (shared := config.rollout.engines_per_device) > 1:
-            engines = f"{rollout_engines(config)} engines, {shared} on a device,"
-        raise ValueError(f"vllm_mode colocate has {ranks} policy ranks to share; {engines} need {max(places, 1) * each}")
+    if config.vllm_mode == "colocate":
+        _check_places(ranks, engines, width, config.rollout.engines_per_device)
+
+
+def _check_places(ranks: int, engines: int, width: int, each: int) -> None:
+    """Whether engines on `width` devices each, and `each` on a device, find room on the policy's ranks. Raises ValueError."""
+    if each > 1 and width > 1:
+        raise ValueError(
+            f"rollout.engines_per_device {each} is for a model too small to keep a GPU busy, vllm_tensor_parallel_size {width} "
+            "for one too large for it: leave one of them out"
+        )
+    if engines % each:
+        raise ValueError(
+            f"rollout.num_engines {engines} is no multiple of rollout.engines_per_device {each}: leave num_engines out, or give "
+            f"{-(-engines // each) * each}"
+        )
+    if engines == 0 or engines // each * width > ranks:
+        shown = f"{max(engines, 1)} engines" + (f", {each} on a device," if each > 1 else f" x vllm_tensor_parallel_size {width}")
+        needed = max(engines // each, 1) * width
+        raise ValueError(f"vllm_mode colocate has {ranks} policy ranks to share; {shown} need {needed}")

@@ -39,14 +39,13 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
     if cluster.named is not None:
         return RolloutEngines(cluster.named, num_engines=count, config=config, start=lambda engine: engine.serve.remote(config))
     width, each = config.vllm_tensor_parallel_size, config.rollout.engines_per_device
-    places = count // each
     if own_places(config):
-        seats = [Seat(options=cluster.on_place(cluster.policy_ranks + place, share=1 / each)) for place in range(places)]
+        seats = [Seat(options=cluster.on_place(cluster.policy_ranks + index, share=1)) for index in range(count)]
     else:
-        seats = _joined_seats(cluster, range(places * width), width, share=1 / SHARES / each)
+        seats = _joined_seats(cluster, range(count // each * width), width, share=1 / SHARES / each)
 
     def spawn(index: int) -> Any:
-        return _start(cluster, seats[index % places], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
+        return _start(cluster, seats[index % len(seats)], index, load_weights=config.task in INFER, sleeps=cluster.shares_gpus)
 
     if not cluster.shares_gpus:
         return RolloutEngines(spawn, num_engines=count, config=config)
@@ -54,7 +53,7 @@ def build_engines(cluster: Cluster, ranks: Sequence[RankGroup] = ()) -> RolloutE
         spawn,
         num_engines=count,
         config=config,
-        sender_of=lambda index: index % places * width,
+        sender_of=lambda index: index % len(seats) * width,
         neighbours=ranks,
     )
     for group in ranks:

@@ -9,7 +9,6 @@ from pathlib import Path
 from rlhf.config import PAIRED, Config
 from rlhf.counts import (
     data_ranks,
-    engine_places,
     expert_copies,
     frozen_group,
     frozen_ranks,
@@ -113,7 +112,7 @@ def plan(config: Config, *, dataset_rows: int | None, devices: Devices) -> Plan:
 
 
 def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -> list[Role]:
-    ranks, engines, seats = policy_ranks(config), rollout_engines(config), engine_places(config)
+    ranks, engines = policy_ranks(config), rollout_engines(config)
     roles = [Role(name="policy", count=ranks, place=_bundles(0, ranks), memory=policy_memory(config, shape))]
     if frozen_shape is not None:
         name, count = frozen_group(config), frozen_ranks(config)
@@ -129,9 +128,9 @@ def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -
     if not samples(config):
         return [*roles, Role(name="data", count=1, place="driver's node")]
     shared = config.vllm_mode == "colocate"
-    place = f"with the policy, {_bundles(0, seats * width)}" if shared else f"own {_bundles(ranks, seats)}"
-    place += f", each on {width} devices" if width > 1 else ""
-    place += f", {engines // seats} on each device" if engines > seats else ""
+    each = config.rollout.engines_per_device
+    place = f"with the policy, {_bundles(0, engines // each * width)}" if shared else f"own {_bundles(ranks, engines)}"
+    place += f", each on {width} devices" if width > 1 else f", {each} on each device" if each > 1 else ""
     roles.append(Role(name="rollout", count=engines, place=place, devices=width, memory=engine_memory(config, shape)))
     if config.task == "grpo":
         roles.append(Role(name="reward", count=config.reward_workers, place="any node"))
@@ -140,7 +139,7 @@ def _roles(config: Config, shape: ModelShape, frozen_shape: ModelShape | None) -
 
 def _teachers_own(config: Config) -> str:
     """The places after the policy's and those of engines that have their own."""
-    first = policy_ranks(config) + engine_places(config) * own_places(config)
+    first = policy_ranks(config) + rollout_engines(config) * own_places(config)
     return f"own {_bundles(first, len(teacher_places(config)))}"
 
 
@@ -224,7 +223,7 @@ def _place_lines(config: Config, made: Plan) -> list[str]:
     have = made.devices.gpus or made.devices.cores
     bundles = Counter({1: policy_ranks(config)})  # by size in places
     if own_places(config):
-        bundles[config.vllm_tensor_parallel_size] += engine_places(config)
+        bundles[config.vllm_tensor_parallel_size] += rollout_engines(config)
     bundles.update(teacher_places(config))
     wanted = sum(count * size * each for size, count in bundles.items())
     text = " and ".join(f"{count} bundle{'s' * (count > 1)} of {size * each:g} {kind}" for size, count in bundles.items())

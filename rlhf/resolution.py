@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts
+from rlhf.config import ALL, LOSSES, Config, reads_answers, reads_prompts, streams
 from rlhf.counts import least_ranks, samples, teacher_places
 from rlhf.memory import longest_sequence
 from rlhf.model_folder import ModelShape
 
 ENGINE_SHARE = 0.9  # of a GPU that is an engine's own
-FURTHER_ENGINE = 0.07  # less of it for each that shares the GPU: what one holds beside its share, of 24 GiB
 PREFERENCES = ("dpo", "kto", "rm", "gkd")  # their loss_scale is last_round
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 BY_ESTIMATOR = {  # scale_rewards, kl_in_reward
@@ -57,7 +56,6 @@ def _resolve_engines(config: Config, shape: ModelShape | None) -> Config:
     dtype = config.torch_dtype
     if config.task == "rollout" and shape is not None:
         dtype = dtype or trainable_dtype(shape)
-    further = config.rollout.engines_per_device - 1
     result = config.result_path and lasting_folder(config.result_path, "result_path")
     length = config.max_length or (max(limit - config.max_completion_length, limit // 2, 1) if limit else None)
     return replace(
@@ -70,9 +68,9 @@ def _resolve_engines(config: Config, shape: ModelShape | None) -> Config:
         max_length=length,
         vllm_max_model_len=limit,
         truncation_strategy=config.truncation_strategy or "left",
-        vllm_gpu_memory_utilization=config.vllm_gpu_memory_utilization or max(ENGINE_SHARE - further * FURTHER_ENGINE, 0.1),
-        stream=_or(config.stream, not (config.dataset or config.val_dataset)),
-        rollout=replace(config.rollout, num_engines=config.rollout.num_engines or config.rollout.engines_per_device),
+        vllm_gpu_memory_utilization=config.vllm_gpu_memory_utilization or ENGINE_SHARE,
+        stream=streams(config),
+        rollout=replace(config.rollout, num_engines=config.rollout.num_engines or 1),
         cosine_max_len=config.cosine_max_len or config.max_completion_length,
         soft_max_length=config.soft_max_length or config.max_completion_length,
         external_plugins=[_absolute(name) for name in config.external_plugins],

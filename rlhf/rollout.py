@@ -66,18 +66,20 @@ class RolloutEngines:
             self._spawn(index)
 
     def setup(self) -> None:
-        """Wait until every engine is built, within call_timeout of the one before it on its place; one that dies is replaced.
+        """Wait until every engine is built, each within call_timeout from its beginning; one that dies meanwhile is replaced.
 
         RankFailure names one that is late, or died after too many others. What fails without a death is raised as it is.
         """
-        deadline = time.monotonic() + self.config.call_timeout
+        deadlines: dict[int, float] = {}  # a successor has no more time
         if self.starting and self.neighbours:
             self._leave(weights=True)
         while self.starting:
-            self._start_next()
-            index, ref = next((index, ref) for index, ref in self.starting.items() if ref is not None)
+            started = self._start_next()
+            for each in started:
+                deadlines.setdefault(each, time.monotonic() + self.config.call_timeout)
+            index, ref = next(iter(started.items()))
             try:
-                self._get(ref, index, "setup", deadline + index // self.places * self.config.call_timeout)
+                self._get(ref, index, "setup", deadlines[index])
             except RayActorError as error:
                 self._count_death(index, "setup", error)
                 print(f"rollout engine {index} died while it was built: another one takes its place", flush=True)
@@ -268,20 +270,23 @@ class RolloutEngines:
         self._spawn(index)
 
     def _spawn(self, index: int) -> None:
-        """Start an engine's process, and its set-up too where it need not wait for the neighbours, or others of its place."""
-        self.engines[index], self.starting[index] = self.spawn(index), None
-        if not self.neighbours:
-            self._start_next()
-        if self.starting[index] is None:
-            self.engines[index].load_libraries.remote()
+        """Start an engine's process, and its set-up too where it need not wait for the neighbours."""
+        engine = self.engines[index] = self.spawn(index)
+        if self.neighbours:
+            engine.load_libraries.remote()
+        self.starting[index] = None if self.neighbours else self.start(engine)
 
-    def _start_next(self) -> None:
-        """Begin the set-up of engines that wait for it, one at a time on a place: each looks at what memory is free there."""
+    def _start_next(self) -> dict[int, ray.ObjectRef]:
+        """Begin the set-up of engines that wait for it, one at a time on a place: each looks at what memory is free there.
+
+        All that are being set up.
+        """
         busy = {index % self.places for index, ref in self.starting.items() if ref is not None}
         for index, ref in self.starting.items():
             if ref is None and index % self.places not in busy:
                 self.starting[index] = self.start(self.engines[index])
                 busy.add(index % self.places)
+        return {index: ref for index, ref in self.starting.items() if ref is not None}
 
     def _count_death(self, index: int, call: str, error: Exception) -> None:
         self.restarts += 1

@@ -61,6 +61,8 @@ CASES = [  # a command, the option that it would ignore, and what gives it an ef
     (GRPO, "soft_cache_length 9", "--reward_funcs soft_overlong"),
     (ROWS_ONLY, "rollout.num_engines 1", SAMPLED),
     (ROWS_ONLY, "rollout.engines_per_device 2", SAMPLED),
+    ("infer", "rollout.num_engines 2", "--dataset f.jsonl --stream false"),
+    (SERVER, "rollout.engines_per_device 2", "--vllm_mode colocate"),
     (ROWS_ONLY, "vllm_mode server", SAMPLED),
     (f"{ROWS_ONLY} --seq_kd true", "vllm_mode server", SAMPLED),
     (ROWS_ONLY, "vllm_gpu_memory_utilization 0.5", SAMPLED),

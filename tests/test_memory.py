@@ -85,9 +85,14 @@ def test_engines_that_share_a_gpu_have_its_share_together(grpo):
     assert refusal(large, *shapes(large), H200) == (
         "phase generate: vllm_gpu_memory_utilization 0.2 gives an engine 14.0 GiB of a GPU's 140.4 GiB, it needs at least 18.0 "
         "(weights 14.2, one sequence of 5,120 tokens 0.3, itself 3.5); give vllm_gpu_memory_utilization 0.88; or "
-        "rollout.num_engines 2, rollout.engines_per_device 1"
+        "rollout.num_engines 2, rollout.engines_per_device 1; or rollout.num_engines 1, rollout.engines_per_device 1, "
+        "vllm_tensor_parallel_size 2"
     )
     assert refusal(replace(large, rollout=RolloutRole(num_engines=2)), *shapes(large), H200) is None
+    sizes = {"nnodes": 2, "nproc_per_node": 8, "tensor_model_parallel_size": 4, "sequence_parallel": True}
+    small = grpo(QWEN25_7B, micro_batch_tokens=2048, rollout=RolloutRole(engines_per_device=2), **sizes, **FULL)
+    text = "give rollout.engines_per_device 1, vllm_tensor_parallel_size 2"  # as without it, but for the first words
+    assert refusal(small, *shapes(small), 24 * GIB).endswith(text)
 
 
 def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):

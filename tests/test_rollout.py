@@ -307,25 +307,48 @@ def test_deaths_in_the_setup_are_counted_and_their_successors_have_no_more_time(
     ray.kill(spawned[-1])
 
 
-def test_engines_of_one_place_are_set_up_one_after_another(local_ray, models) -> None:
+@pytest.fixture
+def told(local_ray, models) -> tuple[RolloutEngines, list[str]]:
+    """Engines 0 to 3, which do nothing, on two shared places, and what was asked of them, in order."""
     events: list[str] = []
+
+    def call(name: str, index: int) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *_: (events.append(f"{name} {index}"), ray.put(None))[1])
+
+    def spawn(index: int) -> SimpleNamespace:
+        events.append(f"spawn {index}")
+        calls = {name: call(name, index) for name in ("setup", "sleep")}
+        return SimpleNamespace(**calls, load_libraries=SimpleNamespace(remote=lambda: None))
 
     class Told(RolloutEngines):
         def _get(self, ref, index, call, deadline=None):
-            events.append(f"ready {index}")
+            if call == "setup":
+                events.append(f"ready {index}")
             return super()._get(ref, index, call, deadline)
 
-    def start(engine: SimpleNamespace) -> ray.ObjectRef:
-        events.append(f"start {engine.index}")
-        return ray.put(None)
-
-    def spawn(index: int) -> SimpleNamespace:
-        return SimpleNamespace(index=index, load_libraries=SimpleNamespace(remote=lambda: None))
+        def _respawn(self, index):
+            self._spawn(index)  # there is no process to kill
 
     config = settings(models["a"], rollout=RolloutRole(num_engines=4, engines_per_device=2))
-    Told(spawn, num_engines=4, config=config, start=start).setup()
-    order = ["start 0", "start 1", "ready 0", "start 2", "ready 1", "start 3", "ready 2", "ready 3"]
-    assert events == order
+    neighbour = SimpleNamespace(broadcast=lambda *_: None)
+    return Told(spawn, num_engines=4, config=config, neighbours=[neighbour]), events
+
+
+def test_engines_of_one_place_are_set_up_one_after_another(told) -> None:
+    engines, events = told
+    engines.setup()
+    assert events[:4] == [f"spawn {index}" for index in range(4)]
+    assert events[4:] == ["setup 0", "setup 1", "ready 0", "setup 2", "ready 1", "setup 3", "ready 2", "ready 3"]
+
+
+def test_engines_sleep_before_one_that_died_is_built_again_beside_them(told) -> None:
+    engines, events = told
+    engines.setup()
+    engines.asleep = False
+    events.clear()
+    engines.replace(2, "generate", ray.exceptions.RayActorError())
+    assert events == [*(f"sleep {index}" for index in range(4)), "spawn 2", "setup 2", "ready 2"]
+    assert engines.asleep and engines.restarts == 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

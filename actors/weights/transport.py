@@ -90,7 +90,7 @@ class CudaIpc:
         self.held: dict[int, torch.Tensor] = {}  # by what tells payloads apart
 
     def connect(self, engines: dict[int, Any], timeout: float) -> Connecting:
-        """Nothing to do: both are on one device."""
+        """Note whom handles are for; both are on one device."""
         self.engines = list(engines)
         return Connecting()
 
