@@ -7,7 +7,7 @@ optimizer step on batches of the same sizes, with as many ranks as the run; a de
 and push alone, with a policy that has no optimizer.
 
 Two GPUs: `-- --vllm_mode server`, or `-- --nproc_per_node 2 --tensor_model_parallel_size 2 --sequence_parallel true
---rollout.num_engines 2`.
+--rollout.num_engines 2 --micro_batch_tokens 32768`.
 
 usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,generation,megatron,copy] [--out result.json]
                    [-- further options of the run]

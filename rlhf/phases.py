@@ -76,9 +76,9 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     contexts = engines * ENGINE_RESIDUE + others
     asleep = {"sleeping engine": contexts}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": contexts}
-    if not shares_gpus(config):
-        pushing = {"push": ranks | gradients | buffers, "generate": engine | buffers}  # pushed to while awake
-        return {"train": train} | alone | pushing
+    if not shares_gpus(config):  # a rank keeps what training took; engines are pushed to while they are awake
+        pushing = max(train, ranks | gradients | buffers, key=lambda held: sum(held.values()))
+        return {"train": train} | alone | {"push": pushing, "generate": engine | buffers}
     optimizer = {"optimizer state"} if config.offload_optimizer else set()
     frozen_away = set(frozen) if config.offload_model else set()
     policy_away = {"policy weights"} if config.offload_model else set()

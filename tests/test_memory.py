@@ -101,7 +101,9 @@ def test_without_sharing_each_phase_has_the_gpu_to_itself(grpo):
     assert decided(completed) == (0.9, False, False)
     peaks = phases(completed, *shapes(config), H200)
     assert peaks["generate"] == int(0.9 * H200) + 3 * GIB // 2 + 3 * GIB // 2
-    assert peaks["push"] == 3 * GIB + 18 * SMALL + 3 * GIB // 2
+    assert peaks["push"] == peaks["train"]  # torch gives nothing back between them
+    short = replace(completed, micro_batch_tokens=64, vllm_max_model_len=64)
+    assert phases(short, *shapes(config), H200)["push"] == 3 * GIB + 18 * SMALL + 3 * GIB // 2
     sft = resolve(Config(task="sft", model=config.model, max_length=512, nproc_per_node=1), shapes(config)[0])
     assert list(phases(fit(sft, *shapes(sft), H200), *shapes(sft), H200)) == ["train"]
 
