@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from actors.device_memory import memory_explained, require_given_gpus
 from actors.imports import lasting_imports
 from actors.weights.checkpoint_names import checkpoint_dtype
+from rlhf.counts import most_at_a_time
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -28,7 +30,9 @@ def import_engine() -> type[LLMEngine]:
 def build_engine(config: Any, index: int, load_weights: bool, sleeps: bool) -> LLMEngine:
     """The engine, in this process; the arguments are those of `RolloutEngine`."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    return import_engine().from_engine_args(_engine_args(config, index, load_weights, sleeps))
+    require_given_gpus()
+    with memory_explained("building the engine"):
+        return import_engine().from_engine_args(_engine_args(config, index, load_weights, sleeps))
 
 
 def lora_request(folders: Sequence[str]) -> LoRARequest | None:
@@ -54,7 +58,7 @@ def _engine_args(config: Any, index: int, load_weights: bool, sleeps: bool) -> E
         "tensor_parallel_size": config.vllm_tensor_parallel_size,
         "distributed_executor_backend": "mp" if config.vllm_tensor_parallel_size > 1 else None,
         "max_model_len": config.vllm_max_model_len,
-        "max_num_seqs": config.vllm_max_num_seqs,
+        "max_num_seqs": most_at_a_time(config),
         "enforce_eager": config.vllm_enforce_eager,
         "enable_prefix_caching": config.vllm_enable_prefix_caching,
         "enable_chunked_prefill": False if seeded_on_cpu else None,  # there vLLM fails on a seeded prompt that is cut in two

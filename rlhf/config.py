@@ -458,7 +458,9 @@ class SamplingOptions:
     vllm_max_model_len: int | None = engine(
         None, "longest prompt + response, in tokens (default: the two limits together; else the model's)", least=1
     )
-    vllm_max_num_seqs: int | None = engine(None, "responses an engine decodes at a time (default: vLLM's)", least=1)
+    vllm_max_num_seqs: int | None = engine(
+        None, "responses an engine decodes at a time (default: its share of a generation batch, 256 to 1024)", least=1
+    )
     vllm_enforce_eager: bool = engine(False, "no CUDA graphs, no compilation")
     vllm_enable_prefix_caching: bool = engine(True, "share the KV cache of equal prompts")
     push_timeout: float = own_sampled(120, "seconds for one push of weights to the engines", above=0)

@@ -8,6 +8,8 @@ from pathlib import Path
 from rlhf.config import ALL, PAIRED, RERANKERS, Config
 from rlhf.variables import variable
 
+AT_A_TIME = (256, 1024)  # responses of an engine, at least for what is no batch: a dataset, or other jobs' prompts
+
 
 def policy_ranks(config: Config) -> int:
     """Megatron ranks of the run: nnodes x nproc_per_node of a resolved config; 0 when there are engines alone."""
@@ -53,6 +55,17 @@ def rollout_engines(config: Config) -> int:
     if config.vllm_mode != "colocate":
         return 1
     return policy_ranks(config) // config.vllm_tensor_parallel_size * config.rollout.engines_per_device
+
+
+def most_at_a_time(config: Config) -> int:
+    """Responses that one engine decodes together at most: `vllm_max_num_seqs`, by default its share within AT_A_TIME."""
+    least, most = AT_A_TIME
+    return config.vllm_max_num_seqs or min(max(engine_share(config), least), most)
+
+
+def engine_share(config: Config) -> int:
+    """Responses of a generation batch to one engine, when they are spread evenly."""
+    return -(-(config.generation_batch_size or config.global_batch_size) // rollout_engines(config))
 
 
 def compares(config: Config) -> bool:

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.group import LongWait
+from rlhf.counts import most_at_a_time
 from rlhf.records import Batch, Group, Prompt
 
 if TYPE_CHECKING:
@@ -46,11 +47,12 @@ class Generation:
         self.calls: dict[ray.ObjectRef, Call] = {}  # by the reference of the groups' summaries
         self.prompts = list(prompts)
         self.done: set[int] = set()  # indices of prompts whose group came out
+        self.next_watch = 0.0  # on time.monotonic()'s clock
         self.waiting: deque[Prompt] = deque()
         # A call costs about a millisecond, as much as ten short responses; but one that waits for many gives out nothing.
         self.per_call = max(1, min(MAX_PROMPTS_PER_CALL, len(self.prompts) // (4 * len(owner.engines))))
         # Prompts that keep an engine's batch full while the controller looks elsewhere.
-        self.room = ceil(1.25 * (owner.config.vllm_max_num_seqs or 256) / n) + self.per_call
+        self.room = ceil(1.25 * most_at_a_time(owner.config) / n) + self.per_call
 
     def groups(self) -> Iterator[Group]:
         """Every prompt's group, in the order of completion."""
@@ -76,10 +78,11 @@ class Generation:
             for call in (self.calls[ref] for ref in working):
                 if call.deadline <= now:  # also while others come out
                     raise self.owner.late(call.index, str(call), self.timeout)
+            if self.owner.policy is not None and now >= self.next_watch:
+                self.next_watch = now + WATCH_SECONDS
+                self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
             if done:
                 return done
-            if self.owner.policy is not None:
-                self.owner.policy.raise_if_dead()  # a long generation must not hide that nobody will train on it
             news.tell()
 
     def _take(self, ref: ray.ObjectRef) -> Iterator[Group]:

@@ -10,7 +10,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rlhf.config import Config, reads_prompts
-from rlhf.counts import data_ranks, expert_copies, frozen_group, rollout_engines, row_sequences, samples, teacher_width
+from rlhf.counts import (
+    data_ranks,
+    engine_share,
+    expert_copies,
+    frozen_group,
+    most_at_a_time,
+    row_sequences,
+    samples,
+    teacher_width,
+)
 from rlhf.heads import head_of
 from rlhf.model_folder import ModelShape, read_shape
 from rlhf.pipeline import Pipeline, frozen_pipeline, policy_pipeline
@@ -133,9 +142,8 @@ def sequence_cache(config: Config, shape: ModelShape) -> int:
 
 
 def responses_at_a_time(config: Config) -> int:
-    """Responses that one engine decodes together, when the prompts are spread evenly."""
-    share = -(-(config.generation_batch_size or config.global_batch_size) // rollout_engines(config))
-    return min(share, config.vllm_max_num_seqs or share)
+    """Responses of a batch that one engine decodes together, when the prompts are spread evenly."""
+    return min(engine_share(config), most_at_a_time(config))
 
 
 def longest_sequence(config: Config) -> int:

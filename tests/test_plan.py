@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import Config, FrozenRole, RolloutRole
-from rlhf.counts import total_steps
+from rlhf.counts import most_at_a_time, total_steps
 from rlhf.devices import Devices
-from rlhf.memory import BYTES, engine_memory, frozen_memory, policy_memory
+from rlhf.memory import BYTES, engine_memory, frozen_memory, policy_memory, responses_at_a_time
 from rlhf.model_folder import read_shape
 from rlhf.plan import count_rows, plan, render
 from rlhf.resolution import resolve
@@ -104,6 +104,15 @@ def test_kv_cache_holds_the_longest_responses_of_an_engine(tmp_path):
     assert memory.weights == 2 * 7_615_616_512
     few = engine_memory(replace(config, vllm_max_num_seqs=4), read_shape(folder))
     assert few.kv_cache == memory.kv_cache // 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "most", "together"),
+    [(64, None, 256, 32), (1024, None, 512, 512), (8192, None, 1024, 1024), (8192, 2000, 2000, 2000), (64, 8, 8, 8)],
+)
+def test_an_engine_decodes_its_share_of_a_batch_at_a_time(tmp_path, batch, given, most, together):
+    config = grpo(write_model(tmp_path, QWEN25_7B), global_batch_size=batch, nproc_per_node=2, vllm_max_num_seqs=given)
+    assert (most_at_a_time(config), responses_at_a_time(config)) == (most, together)
 
 
 def test_activations_follow_recompute_sequence_parallel_and_tokens(tmp_path):
