@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+OF_ENGINES = ("Free memory on device", "memory for the cache blocks", "KV cache memory")  # vLLM's errors: they say what to do
+
 
 def peak_gib() -> float | None:
     """The most that all processes used since the last call of this, if the others held still, in GiB; None without a GPU."""
@@ -20,14 +22,35 @@ def peak_gib() -> float | None:
 
 @contextmanager
 def memory_explained(doing: str) -> Iterator[None]:
-    """Turn an out-of-memory error of a block, of torch or of vLLM, into a ValueError that tells what to change."""
+    """Turn what torch or vLLM raise in a block for want of memory into a ValueError that tells what to change."""
     try:
         yield
+    except ValueError as error:
+        if not any(words in str(error) for words in OF_ENGINES):
+            raise
+        raise ValueError(f"{doing}: {_first_line(error)} `megaray plan` shows what each phase needs") from error
     except (RuntimeError, MemoryError) as error:
         if "out of memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        first_line = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{doing}: {first_line}. In training lower micro_batch_tokens or micro_batch_size, or give recompute_granularity "
-            "full; beside an engine lower vllm_gpu_memory_utilization. `megaray plan` shows what each phase needs"
+            f"{doing}: {_first_line(error)}. In training lower micro_batch_tokens or micro_batch_size, or give "
+            "recompute_granularity full; beside an engine lower vllm_gpu_memory_utilization. `megaray plan` shows what each "
+            "phase needs"
         ) from error
+
+
+def require_given_gpus() -> None:
+    """ValueError when Ray gave this process a GPU that torch cannot use: it would work on the CPU instead."""
+    import ray
+    import torch
+
+    given = ray.get_gpu_ids() if ray.is_initialized() else []
+    if given and not torch.cuda.is_available():
+        raise ValueError(
+            f"Ray gave this process GPU {given[0]}, which torch {torch.__version__} cannot use: install torch for this machine's "
+            "CUDA (`megaray check` says what is missing), or correct CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

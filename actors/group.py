@@ -21,7 +21,7 @@ FIRST_NEWS = 60.0  # seconds
 
 
 class RankFailure(RuntimeError):
-    """A rank died, or did not answer before its deadline."""
+    """A rank or an engine died, did not answer before its deadline, or refused what was pushed."""
 
 
 class LongWait:
@@ -75,22 +75,22 @@ class ActorGroup:
         self.seconds: dict[str, float] = defaultdict(float)  # spent waiting, by method, until taken
         self._pings: dict[ray.ObjectRef, int] = {}
 
-    def broadcast(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
+    def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Call `method(*args)` on every rank; the ranks' results in order."""
         refs = [getattr(actor, method).remote(*args) for actor in self.actors]
-        self._wait(method, refs, timeout)
+        self._wait(method, refs)
         return ray.get(refs)
 
-    def scatter(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[Any]:
-        """Call `method(shards[i], *args)` on rank i; the ranks' results in order."""
+    def scatter(self, method: str, shards: Sequence[Any], *args: Any, **deadline: Any) -> list[Any]:
+        """Call `method(shards[i], *args)` on rank i; the ranks' results in order. `deadline`: see `_wait`."""
         refs = self._scatter(method, shards, *args)
-        self._wait(method, refs, timeout)
+        self._wait(method, refs, **deadline)
         return ray.get(refs)
 
-    def scatter_refs(self, method: str, shards: Sequence[Any], *args: Any, timeout: float | None = None) -> list[ray.ObjectRef]:
+    def scatter_refs(self, method: str, shards: Sequence[Any], *args: Any) -> list[ray.ObjectRef]:
         """As `scatter`, for a method of two return values: None, which tells that it is done, and what stays where it is."""
         calls = self._scatter(method, shards, *args)
-        self._wait(method, [done for done, _ in calls], timeout)
+        self._wait(method, [done for done, _ in calls])
         return [kept for _, kept in calls]
 
     def take_seconds(self) -> dict[str, float]:
@@ -102,7 +102,10 @@ class ActorGroup:
         assert len(shards) == len(self.actors), (self.role, method, len(shards), len(self.actors))
         return [getattr(actor, method).remote(shard, *args) for actor, shard in zip(self.actors, shards)]
 
-    def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None) -> None:
+    def _wait(
+        self, method: str, refs: list[ray.ObjectRef], *, timeout: float | None = None, option: str = "call_timeout"
+    ) -> None:
+        """`timeout`: seconds, when not the group's own; `option`: what its user raises to have more."""
         timeout = timeout or self.timeout
         start, waiting = time.monotonic(), list(refs)
         with LongWait(f"{self.role}: `{method}`", self.reports) as news:
@@ -112,7 +115,7 @@ class ActorGroup:
                 if not done and left <= 0:
                     ranks = [refs.index(ref) for ref in waiting]
                     raise RankFailure(
-                        f"{self.role} ranks {ranks} did not finish `{method}` within {timeout:.0f} s (raise call_timeout if that "
+                        f"{self.role} ranks {ranks} did not finish `{method}` within {timeout:.0f} s (raise {option} if that "
                         f"is too short for your model). Last reports:\n{self.reports()}"
                     )
                 news.tell()
@@ -191,7 +194,7 @@ class RankGroup(ActorGroup):
     def setup(self) -> None:
         """Form the process group and load the model on every rank."""
         address = self.actors[0].node_address.remote()
-        self._wait("node_address", [address], None)
+        self._wait("node_address", [address])
         self.infos = self.broadcast("setup", ray.get(address))
 
     @property

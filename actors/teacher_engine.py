@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from actors.device_memory import memory_explained
 from actors.engine_build import build_engine, import_engine
 from actors.engine_workers import EngineWorkers, built_together
 from actors.model_folder import require_model
@@ -51,7 +50,7 @@ class TeacherEngine:
         if config.vllm_enforce_eager:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"  # see `RolloutEngine.setup`
         require_model(config.model)
-        with self.progress.doing("setup"), memory_explained("building a teacher's engine"), built_together():
+        with self.progress.doing("setup"), built_together():
             self.engine = build_engine(config, index=0, load_weights=True, sleeps=False)
             self.workers = EngineWorkers(self.engine)
         self.vocab_size = read_shape(Path(config.model)).vocab_size

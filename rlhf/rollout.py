@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.group import ActorGroup, LongWait, RankFailure, first_line
+from actors.weights.ledger import PushError
 from rlhf.generation import Generation
 from rlhf.records import Group, GroupSummary, Prompt, PushReport
 
@@ -201,10 +202,13 @@ class RolloutEngines:
         shares: list[dict[int, Any]] = [{} for _ in self.policy.actors]
         for index in indices:
             shares[self.sender_of(index)][index] = self.engines[index]
+        limit = {"timeout": self.config.push_timeout + PUSH_GRACE, "option": "push_timeout"}
         try:
-            reports = self.policy.scatter("push_weights", shares, self.version, timeout=self.config.push_timeout + PUSH_GRACE)
+            reports = self.policy.scatter("push_weights", shares, self.version, **limit)
         except (RayTaskError, RayActorError) as error:
             dead = [index for index in range(len(self.engines)) if self._is_dead(index)]
+            if not dead and isinstance(error, RayTaskError) and isinstance(error.cause, PushError):
+                raise RankFailure(f"the weights of version {self.version} were not pushed: {error.cause}") from error
             if not dead:
                 raise
             self._replace_dead(dict.fromkeys(dead, error), "push")

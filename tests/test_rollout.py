@@ -9,8 +9,8 @@ import copy
 import os
 import re
 import signal
-import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+from kill_engine import engine_pid, kill_while_generating
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
+import rlhf.generation
 from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.config import Config, RolloutRole
+from rlhf.error_origin import is_ours_in_actor
 from rlhf.records import Batch, Group, Prompt
 from rlhf.rollout import RolloutEngines
 
@@ -40,7 +43,7 @@ class Sender:
         from actors.weights.broadcast import Broadcast
         from actors.weights.transport import ObjectStore
 
-        self.folder, self.tamper = folder, ""
+        self.folder, self.tamper, self.timeout = folder, "", 60.0
         self.transport = Broadcast("gloo") if group else ObjectStore()
         send, self.transport.send = self.transport.send, lambda data: send(self.damaged(data))
 
@@ -54,8 +57,8 @@ class Sender:
             words[[1000, 1001]] = words[[1001, 1000]]
         return words.view(torch.uint8)
 
-    def push(self, folder: Path, tamper: str = "") -> None:
-        self.folder, self.tamper = folder, tamper
+    def push(self, folder: Path, tamper: str = "", timeout: float = 60.0) -> None:
+        self.folder, self.tamper, self.timeout = folder, tamper, timeout
 
     def push_weights(self, engines: dict, version: int):
         from actors.weights.push import push_weights
@@ -72,7 +75,9 @@ class Sender:
             weights["model.norm.weight"][3] = float("nan")
         version -= {"repeated": 1, "stale": 2}.get(tamper, 0)
         # 100,000 bytes: several buckets, tensors larger than one, fused layers spread over two
-        return push_weights(weights.items(), engines, version, bucket_bytes=100_000, timeout=60, transport=self.transport)
+        return push_weights(
+            weights.items(), engines, version, bucket_bytes=100_000, timeout=self.timeout, transport=self.transport
+        )
 
     def group(self) -> str:
         return self.transport.name
@@ -95,6 +100,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 def settings(model: Path, **options) -> Config:
     defaults = dict(
+        nproc_per_node=1,
         torch_dtype="float32",
         vllm_enforce_eager=True,
         vllm_max_model_len=512,
@@ -107,10 +113,10 @@ def settings(model: Path, **options) -> Config:
     return Config(task="grpo", model=str(model), **(defaults | options))
 
 
-def start_engines(config: Config, count: int) -> RolloutEngines:
+def start_engines(config: Config, count: int, environment: Mapping[str, str] = ENVIRONMENT) -> RolloutEngines:
     def spawn(index: int):
         kind = ray.remote(max_concurrency=1000)(RolloutEngine)
-        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT}).remote(config, index=index)
+        return kind.options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT | environment}).remote(config, index=index)
 
     return RolloutEngines(spawn, num_engines=count, config=config)
 
@@ -423,7 +429,7 @@ REFUSALS = {
     "missing": "1 tensors missing: model.norm.weight",
     "unknown": "unknown tensor 'model.norm.wait'",
     "nan": "tensor 'model.norm.weight' is not finite",
-    "repeated": "holds version .* after the push of",
+    "repeated": "^a rollout engine holds version .* after the push of",
     "stale": "push of version .* refused: version .* has already been sent",
 }
 
@@ -431,8 +437,9 @@ REFUSALS = {
 @pytest.mark.parametrize("tamper", REFUSALS)
 def test_a_wrong_push_is_refused_and_only_a_complete_one_heals(engines, policy, models, tamper) -> None:
     restarts = engines.restarts
-    with pytest.raises(RuntimeError, match=REFUSALS[tamper]):
+    with pytest.raises(RankFailure, match=REFUSALS[tamper]) as caught:
         push(engines, policy, models["a"], tamper)
+    assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match=f"asked for weight version {engines.version}"):
         list(engines.generate(some_prompts(1), n=1))
     report = push(engines, policy, models["a"])
@@ -457,6 +464,23 @@ def test_weights_go_over_a_group_that_lasts_until_a_push_fails(engines, broadcas
     push(engines, broadcaster, models["a"])
     assert broadcaster.broadcast("group") != before
     assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+def test_an_engine_that_does_not_answer_a_push_is_named_with_the_option(engines, policy, models) -> None:
+    pid = engine_pid(engines, 1)
+    policy.broadcast("push", models["a"], "", 3.0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(RankFailure) as caught:
+            engines.push(policy)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert str(caught.value) == (
+        f"the weights of version {engines.version} were not pushed: rollout engine 1 did not answer `begin_push` of version "
+        f"{engines.version} in push_timeout (3 s)"
+    )
+    push(engines, policy, models["b"])
+    assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
 
 
 @pytest.mark.slow
@@ -532,20 +556,15 @@ def test_a_late_call_is_an_error_with_engine_call_and_last_report(engines, polic
     assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
 
 
-def kill_while_generating(engines: RolloutEngines, index: int, after: float) -> threading.Thread:
-    """kill -9 the engine's process once it has been generating for a moment."""
-    engine = engines.engines[index]
-    pid = int(re.search(r"pid (\d+)", ray.get(engine.report.remote())).group(1))
-
-    def kill() -> None:
-        while "generating" not in ray.get(engine.report.remote()):
-            time.sleep(0.01)
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    return thread
+def test_a_dead_policy_is_noticed_while_groups_come_out(engines, models, monkeypatch) -> None:
+    kind = ray.remote(concurrency_groups={"report": 1})(Sender).options(num_cpus=0)
+    dead = ActorGroup("policy", [kind.remote(models["b"])], timeout=60)
+    push(engines, dead, models["b"])
+    monkeypatch.setattr(rlhf.generation, "WATCH_SECONDS", 0.2)  # groups come more often
+    monkeypatch.setattr(engines, "config", replace(engines.config, deterministic=False, vllm_max_num_seqs=4))
+    ray.kill(dead.actors[0])
+    with pytest.raises(RankFailure, match="^policy rank 0 died: "):
+        list(engines.generate(some_prompts(600), n=4))
 
 
 def test_a_killed_engine_is_replaced_and_the_result_is_the_same(engines, models) -> None:
@@ -574,6 +593,17 @@ def test_engines_killed_while_pulling_and_before_a_push_are_replaced(engines, po
     push(engines, policy, models["a"])
     assert engines.restarts == before + 2
     assert logprob_error(hugging_face(models["a"]), list(engines.generate(some_prompts(8), n=2))) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_too_little_memory_for_an_engine_is_told_in_a_line(local_ray, models) -> None:
+    everything = {"VLLM_CPU_KVCACHE_SPACE": "0"}  # then vLLM wants its share of the machine, as of a GPU
+    engines = start_engines(settings(models["a"], vllm_gpu_memory_utilization=1.0), 1, everything)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        engines.setup()
+    assert isinstance(caught.value.cause, ValueError) and is_ours_in_actor(caught.value)
+    assert re.fullmatch("building the engine: .*memory.*`megaray plan` shows what each phase needs", str(caught.value.cause))
+    ray.kill(engines.engines[0])
 
 
 @pytest.mark.slow

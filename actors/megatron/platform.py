@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from actors.device_memory import require_given_gpus
 from actors.weights.broadcast import Broadcast
 from actors.weights.transport import CudaIpc, ObjectStore, Transport
 
@@ -28,7 +29,9 @@ class Platform:
         """Give back what torch keeps of freed device memory, to who shares the device."""
         import torch
 
-        torch.cuda.empty_cache()  # on a CPU this does nothing
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()  # what engines are done with
+            torch.cuda.empty_cache()
 
     def host_memory(self, size: int) -> torch.Tensor:
         """uint8 [size] in host memory, page-locked where a GPU copies to and from it. MemoryError when that is refused."""
@@ -58,6 +61,7 @@ def start_platform() -> Platform:
 
     from actors import cpu
 
+    require_given_gpus()
     gpu = torch.cuda.is_available()
     fused = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
     settings = {

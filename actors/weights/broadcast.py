@@ -212,7 +212,8 @@ def _meet(store: dist.Store, engines: list[int], timeout: float) -> None:
         try:
             store.wait([str(rank)], timedelta(seconds=max(end - time.monotonic(), 0.001)))
         except RuntimeError as error:
-            raise PushError(f"rollout engine {index} did not join the group of the push in {timeout:.0f} s") from error
+            late = f"did not join the group of the push in {timeout:g} s, half of push_timeout"
+            raise PushError(f"rollout engine {index} {late}") from error
 
 
 def _form(backend: str, store: dist.Store, rank: int, size: int, timeout: float) -> dist.Backend:

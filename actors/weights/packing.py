@@ -48,7 +48,7 @@ class PackedBucket:
             return
         for name, _, values in self.tensors:
             if not all(map(math.isfinite, extremes := _extremes_of(values).tolist())):
-                raise PushError("weights not pushed: tensor {!r} is not finite (from {} to {})".format(name, *extremes))
+                raise PushError("tensor {!r} is not finite (from {} to {})".format(name, *extremes))
 
 
 def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[PackedBucket]:

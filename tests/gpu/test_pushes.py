@@ -1,4 +1,4 @@
-"""After a push an engine answers as one that loaded the saved weights: over CUDA IPC, and over NCCL."""
+"""After a push an engine answers as one that loaded the saved weights, and so does the one that takes its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import ray
 from demo_command import demo
+from kill_engine import kill_while_generating
 
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.batching import group_shards
@@ -44,6 +45,11 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
         rollout.push(policy)
         after = greedy(rollout, prompts)
         assert after != before
+        killer = kill_while_generating(rollout, 0, after=0.0)
+        assert len(list(rollout.generate(prompts, n=8))) == 64
+        killer.join()
+        assert rollout.restarts == 1
+        assert greedy(rollout, prompts) == after
 
     one = replace(config, model=str(tmp_path), rollout=RolloutRole())
 
