@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OF_ENGINES = ("Free memory on device", "memory for the cache blocks", "KV cache memory")  # vLLM's errors: they say what to do
+IN_TRAINING = (
+    " In training lower micro_batch_tokens or micro_batch_size, or give recompute_granularity full; beside an engine lower "
+    "vllm_gpu_memory_utilization."
+)
 
 
 def peak_gib() -> float | None:
@@ -25,18 +29,15 @@ def memory_explained(doing: str) -> Iterator[None]:
     """Turn what torch or vLLM raise in a block for want of memory into a ValueError that tells what to change."""
     try:
         yield
-    except ValueError as error:
-        if not any(words in str(error) for words in OF_ENGINES):
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if isinstance(error, ValueError):
+            known, change = any(words in str(error) for words in OF_ENGINES), ""
+        else:
+            known, change = "out of memory" in str(error) or isinstance(error, MemoryError), IN_TRAINING
+        if not known:
             raise
-        raise ValueError(f"{doing}: {_first_line(error)} `megaray plan` shows what each phase needs") from error
-    except (RuntimeError, MemoryError) as error:
-        if "out of memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        raise ValueError(
-            f"{doing}: {_first_line(error)}. In training lower micro_batch_tokens or micro_batch_size, or give "
-            "recompute_granularity full; beside an engine lower vllm_gpu_memory_utilization. `megaray plan` shows what each "
-            "phase needs"
-        ) from error
+        first_line = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"{doing}: {first_line}.{change} `megaray plan` shows what each phase needs") from error
 
 
 def require_given_gpus() -> None:
@@ -50,7 +51,3 @@ def require_given_gpus() -> None:
             f"Ray gave this process GPU {given[0]}, which torch {torch.__version__} cannot use: install torch for this machine's "
             "CUDA (`megaray check` says what is missing), or correct CUDA_VISIBLE_DEVICES"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

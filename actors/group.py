@@ -81,10 +81,20 @@ class ActorGroup:
         self._wait(method, refs)
         return ray.get(refs)
 
-    def scatter(self, method: str, shards: Sequence[Any], *args: Any, **deadline: Any) -> list[Any]:
-        """Call `method(shards[i], *args)` on rank i; the ranks' results in order. `deadline`: see `_wait`."""
+    def scatter(
+        self,
+        method: str,
+        shards: Sequence[Any],
+        *args: Any,
+        timeout: float | None = None,
+        option: str = "call_timeout",
+    ) -> list[Any]:
+        """Call `method(shards[i], *args)` on rank i; the ranks' results in order.
+
+        `timeout`: seconds, when not the group's own; `option`: what its user raises to have more.
+        """
         refs = self._scatter(method, shards, *args)
-        self._wait(method, refs, **deadline)
+        self._wait(method, refs, timeout, option)
         return ray.get(refs)
 
     def scatter_refs(self, method: str, shards: Sequence[Any], *args: Any) -> list[ray.ObjectRef]:
@@ -102,10 +112,7 @@ class ActorGroup:
         assert len(shards) == len(self.actors), (self.role, method, len(shards), len(self.actors))
         return [getattr(actor, method).remote(shard, *args) for actor, shard in zip(self.actors, shards)]
 
-    def _wait(
-        self, method: str, refs: list[ray.ObjectRef], *, timeout: float | None = None, option: str = "call_timeout"
-    ) -> None:
-        """`timeout`: seconds, when not the group's own; `option`: what its user raises to have more."""
+    def _wait(self, method: str, refs: list[ray.ObjectRef], timeout: float | None = None, option: str = "call_timeout") -> None:
         timeout = timeout or self.timeout
         start, waiting = time.monotonic(), list(refs)
         with LongWait(f"{self.role}: `{method}`", self.reports) as news:
