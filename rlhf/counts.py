@@ -64,8 +64,8 @@ def most_at_a_time(config: Config) -> int:
 
 
 def engine_share(config: Config) -> int:
-    """Responses of a generation batch to one engine, when they are spread evenly."""
-    return -(-(config.generation_batch_size or config.global_batch_size) // rollout_engines(config))
+    """Responses of a generation batch to one engine, when they are spread evenly; all of them to a teacher's."""
+    return -(-(config.generation_batch_size or config.global_batch_size) // max(rollout_engines(config), 1))
 
 
 def compares(config: Config) -> bool:

@@ -115,6 +115,11 @@ def test_an_engine_decodes_its_share_of_a_batch_at_a_time(tmp_path, batch, given
     assert (most_at_a_time(config), responses_at_a_time(config)) == (most, together)
 
 
+def test_a_teachers_engine_may_be_the_only_one(tmp_path):
+    config = replace(grpo(write_model(tmp_path, QWEN25_7B), global_batch_size=300), task="gkd", lmbda=0.0)
+    assert most_at_a_time(config) == 300
+
+
 def test_activations_follow_recompute_sequence_parallel_and_tokens(tmp_path):
     folder = write_model(tmp_path, QWEN25_7B)
     shape = read_shape(folder)
