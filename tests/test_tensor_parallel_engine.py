@@ -28,7 +28,7 @@ from test_rollout import (
 )
 from tiny import make_tiny_model
 
-from actors.group import ActorGroup
+from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.records import Batch
 from rlhf.rollout import RolloutEngines
@@ -116,7 +116,9 @@ def test_two_devices_answer_as_one_and_as_hugging_face_after_every_push(engines,
 
 
 def test_a_damaged_bucket_is_refused_and_a_complete_push_heals(wide, policy, models) -> None:
-    with pytest.raises(ray.exceptions.RayTaskError, match="rollout engine 0, `receive_bucket 0`: bucket 0 .* damaged on the way"):
+    with pytest.raises(
+        RankFailure, match="were not pushed: rollout engine 0, `receive_bucket 0`: bucket 0 .* damaged on the way"
+    ):
         push(wide, policy, models["a"], "flipped bit")
     with pytest.raises(RuntimeError, match="has no complete push"):
         list(wide.generate(some_prompts(1), n=1))
