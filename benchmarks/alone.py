@@ -20,19 +20,28 @@ class PolicyAlone(Policy):
 
         self.batches = pack_micro_batches(shard, fetch_sources(shard), device=self.platform.device, multiple=self.multiple)
 
-    def alone(self, beta: float) -> tuple[float, float]:
-        """Seconds of a scoring forward, and of a training step with GRPO's loss."""
+    def score_alone(self) -> float:
+        """Seconds of a scoring forward."""
+        import torch
+
+        from actors.megatron.forward_backward import run_micro_batches
+
+        torch.cuda.synchronize()  # on a CPU this does nothing
+        start = time.monotonic()
+        run_micro_batches(self.module, self.batches, self._score, backward=False)
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    def train_alone(self, beta: float) -> float:
+        """Seconds of a training step with GRPO's loss."""
         import torch
 
         from actors.megatron.forward_backward import run_micro_batches
         from rlhf.losses import grpo_loss
 
         loss = partial(grpo_loss, beta=beta)
-        torch.cuda.synchronize()  # on a CPU this does nothing
-        start = time.monotonic()
-        run_micro_batches(self.module, self.batches, self._score, backward=False)
         torch.cuda.synchronize()
-        middle = time.monotonic()
+        start = time.monotonic()
         self.training.zero_gradients()
         run_micro_batches(
             self.module,
@@ -42,7 +51,7 @@ class PolicyAlone(Policy):
         )
         self.training.update()
         torch.cuda.synchronize()
-        return middle - start, time.monotonic() - middle
+        return time.monotonic() - start
 
 
 class WeightsAlone(Frozen):
@@ -82,11 +91,11 @@ class EngineAlone:
 class DefaultAlone:
     """vLLM as `LLM` drives it by default, each sampled token's logprob asked for."""
 
-    def __init__(self, folder: str, *, share: float, sequences: int):
-        """`share` of the GPU's memory, at most `sequences` at once."""
+    def __init__(self, folder: str, options: dict[str, Any]):
+        """`options` of `LLM` that say how much memory it may take, and for how many sequences at once."""
         from vllm import LLM
 
-        self.engine = LLM(folder, gpu_memory_utilization=share, max_num_seqs=sequences)
+        self.engine = LLM(folder, **options)
 
     def alone(self, prompts: list[list[int]], responses: int, tokens: int) -> float:
         """Seconds to answer all prompts."""

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ os.environ |= {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT / "benchmarks")}
 
 from alone import EngineAlone, PolicyAlone, random_shards  # noqa: E402
 from tiny import VOCABULARY, make_model, make_prompts  # noqa: E402
+from turns import run_in_turns  # noqa: E402
 
 PROMPTS, RESPONSES, TOKENS = 16, 8, 64
 RANKS = 2
@@ -72,39 +72,14 @@ Seconds = dict[str, float]  # by phase
 
 def measure(work: Path, turns: int) -> list[dict[str, list[Seconds]]]:
     """For each turn the counted steps of the run and of the floors."""
-    from rlhf.checkpoint import Checkpoints
-    from rlhf.cluster import Cluster
-    from rlhf.grpo import train_grpo
-    from rlhf.metrics import METRICS, RunLog
-    from rlhf.options import load_config
-    from rlhf.roles import build_roles
-    from rlhf.run_folder import run_folder
 
-    steps = turns * TURN
-    config = load_config(options(work, steps))
-    folder = run_folder(config)
-    of_floors: list[list[Seconds]] = []
+    def start_floors(cluster: Any, roles: Any) -> Any:
+        floors = Floors(cluster.config)
+        return lambda: [floors.once() for _ in range(TURN)][1:]
 
-    class InTurns(RunLog):
-        """The run's record; what the floors take in their turns does not count as time of the run."""
-
-        def step(self, step: int, *arguments: Any) -> None:
-            super().step(step, *arguments)
-            if step % TURN == 0:
-                start = time.monotonic()
-                of_floors.append([floors.once() for _ in range(TURN)][1:])
-                self._since += time.monotonic() - start
-
-    with Cluster(config, policy_ranks=RANKS, num_engines=RANKS) as cluster:
-        roles = build_roles(cluster, folder)
-        roles.policy.broadcast("schedule", steps)
-        floors = Floors(config)
-        log = InTurns(folder, config, total_steps=steps, timers=roles.timers())
-        train_grpo(config, roles, log=log, checkpoints=Checkpoints(folder, config), start=0, total=steps)
-    rows = [json.loads(line) for line in open(folder / METRICS)]
-    assert all(row["response_length"] == TOKENS for row in rows)
-    runs = [[row["seconds"] for row in rows[first + 1 : first + TURN]] for first in range(0, steps, TURN)]
-    return [{"run": run, "floor": floor} for run, floor in zip(runs, of_floors, strict=True)]
+    both = run_in_turns(options(work, turns * TURN), turn=TURN, others=start_floors)
+    assert all(row["response_length"] == TOKENS for rows, _ in both for row in rows)
+    return [{"run": [row["seconds"] for row in rows[1:]], "floor": floor} for rows, floor in both]
 
 
 class Floors:
@@ -133,7 +108,7 @@ class Floors:
 
     def once(self) -> Seconds:
         """One step's work; of each phase the slower process counts."""
-        logprobs, train = zip(*self.policy.broadcast("alone", 0.04))
+        logprobs, train = self.policy.broadcast("score_alone"), self.policy.broadcast("train_alone", 0.04)
         generate = self.engines.scatter("alone", self.parts, RESPONSES, TOKENS, 0)
         phases = {"generate": max(generate), "logprobs": max(logprobs), "train": max(train)}
         return phases | {"step": sum(phases.values())}

@@ -1,15 +1,16 @@
-"""GRPO on GPUs: seconds of a step and of its phases, beside the floor of each phase, in one go. By itself on one, colocated.
+"""GRPO on GPUs: seconds of a step and of its phases, beside the floor of each phase. By itself on one, colocated.
 
-The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. "run" is the
-program. "generation" has its engines take turns with vLLM driven by `LLM.generate(logprobs=0)`, as others do, and with vLLM
-in-process without logprobs, its fastest way. The other floors have the GPUs to themselves: Megatron's forward, backward and
-optimizer step on batches of the same sizes, with as many ranks as the run; a device copy of the weights. "turns" is generation
-and push alone, with a policy that has no optimizer.
+The work: 64 prompts x 8 responses, 256 + 1024 tokens, beta 0, bfloat16, a Qwen2.5 shape with random weights. "turns" is the
+program, whose steps take turns with its floors, so that what the machine does to one it does to the other: vLLM in-process
+without logprobs, its fastest way, with an engine on every GPU that the run generates on, all at once; `LLM.generate(logprobs=0)`,
+as others do, likewise; and Megatron's forward, backward and optimizer step on batches of the same sizes, by the run's own ranks.
+"run" is the program by itself, "copy" a device copy of the weights, "pushes" generation and push alone, with a policy that has
+no optimizer, for shapes whose optimizer's state does not fit.
 
 Two GPUs: `-- --vllm_mode server`, or `-- --nproc_per_node 2 --tensor_model_parallel_size 2 --sequence_parallel true
 --rollout.num_engines 2 --micro_batch_tokens 32768`.
 
-usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only run,generation,megatron,copy] [--out result.json]
+usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only turns,run,copy] [--out result.json]
                    [-- further options of the run]
 """
 
@@ -23,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +37,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"),
 
 from alone import DefaultAlone, EngineAlone, PolicyAlone, WeightsAlone, random_shards  # noqa: E402
 from shapes import VOCABULARY, make_model, make_prompts  # noqa: E402
+from turns import run_in_turns  # noqa: E402
 
 if TYPE_CHECKING:
+    from rlhf.cluster import Cluster
     from rlhf.records import Prompt
+    from rlhf.roles import Roles
 
 PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
-PARTS = ("run", "generation", "megatron", "copy")  # "turns" is for shapes whose optimizer state does not fit
+PARTS = ("turns", "run", "copy")
 
 
 def main() -> None:
@@ -75,7 +81,8 @@ def apart(part: str, arguments: argparse.Namespace) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def options(arguments: argparse.Namespace) -> list[str]:
+def options(arguments: argparse.Namespace, **changes: Any) -> list[str]:
+    """The run's words; what the user gives comes last."""
     work = arguments.work
     values = {
         "rlhf_type": "grpo", "model": work / "model", "dataset": work / "prompts.jsonl", "template_backend": "jinja",
@@ -84,9 +91,10 @@ def options(arguments: argparse.Namespace) -> list[str]:
         "micro_batch_tokens": 8192, "train_iters": arguments.steps + 1, "max_completion_length": arguments.tokens,
         "max_length": PROMPT_TOKENS, "beta": 0, "lr": 1e-6, "temperature": 1.0, "nproc_per_node": 1,
         "recompute_granularity": "none", "report_to": "none", "save_steps": 10**6, "vllm_gpu_memory_utilization": 0.5,
-        "vllm_max_num_seqs": PROMPTS * RESPONSES, "logging_steps": 1,
+        "vllm_max_num_seqs": PROMPTS * RESPONSES, "logging_steps": 1, "no_save_optim": "true",
     }  # fmt: skip
-    return ["rlhf", *(str(word) for name, value in values.items() for word in (f"--{name}", value)), *arguments.options]
+    words = (str(word) for name, value in (values | changes).items() for word in (f"--{name}", value))
+    return ["rlhf", *words, *arguments.options]
 
 
 def measure_run(arguments: argparse.Namespace) -> dict[str, float]:
@@ -110,85 +118,74 @@ def measure_make(arguments: argparse.Namespace) -> int:
     return count
 
 
-def measure_generation(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of the same work by the run's engines, by `LLM.generate(logprobs=0)` and by vLLM's fastest way.
+def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For each turn, all but the first, seconds of the run's phases and of the floors; and the ratios of their sums."""
+    import rlhf.roles
 
-    They take turns, each turn with prompts of its own: a CPU's speed changes from minute to minute. The run's first engines and
-    the fastest way are on one GPU, further engines on others; `LLM`, slow to start, has one too if there are enough, else
-    shares the first. The two floors answer one GPU's share of the prompts.
-    """
-    import ray
-
-    from actors.rollout import ENVIRONMENT, RolloutEngine
-    from rlhf.config import RolloutRole
-    from rlhf.counts import rollout_engines
-    from rlhf.options import load_config
-    from rlhf.rollout import RolloutEngines
-
-    config = load_config(options(arguments) + ["--vllm_gpu_memory_utilization", "0.28"])
-    count = rollout_engines(config)
-    places = count // config.rollout.engines_per_device
-    ray.init(include_dashboard=False, logging_level="ERROR")
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(ray.cluster_resources()["GPU"]))))).split(",")
-
-    def start(kind: type, *values: Any, gpu: str, env: dict[str, str] | None = None, **named: Any) -> Any:
-        shown = {"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # chosen here, not by Ray
-        return ray.remote(kind).options(num_gpus=0, runtime_env={"env_vars": shown | (env or {})}).remote(*values, **named)
-
-    def spawn(index: int) -> Any:
-        return start(RolloutEngine, config, env=ENVIRONMENT, gpu=gpus[index % places], index=index, load_weights=True)
-
-    def start_default(gpu: str) -> Any:
-        return start(DefaultAlone, config.model, gpu=gpu, share=0.28, sequences=PROMPTS * RESPONSES)
-
-    default = start_default(gpus[places]) if len(gpus) > places else None
-    rollout = RolloutEngines(spawn, num_engines=count, config=config)
-    rollout.setup()
-    fast = start(EngineAlone, replace(config, rollout=RolloutRole()), 0, gpu=gpus[0], env=ENVIRONMENT)
-    ray.get(fast.__ray_ready__.remote())  # one after the other on one GPU: each looks at what memory is free there
-    default = default or start_default(gpus[0])
-    ray.get(default.__ray_ready__.remote())
-
-    def by_run(asked: list[list[int]], tokens: int) -> float:
-        list(rollout.generate(as_prompts(asked), n=RESPONSES, sampling={"max_completion_length": tokens}))
-        return rollout.take_seconds()["generate"]
-
-    ways = {
-        "run": by_run,
-        "default": lambda asked, tokens: ray.get(default.alone.remote(asked[: PROMPTS // places], RESPONSES, tokens)),
-        "fast": lambda asked, tokens: ray.get(fast.alone.remote(asked[: PROMPTS // places], RESPONSES, tokens, None)),
+    rlhf.roles.Policy = PolicyAlone
+    words = options(arguments, vllm_gpu_memory_utilization=0.3)  # the floors have engines of their own
+    both = run_in_turns(words, turn=1, others=partial(start_floors, tokens=arguments.tokens))[1:]
+    turns = [{"run": rows[0]["seconds"]} | floors for rows, floors in both]
+    run = {phase: sum(turn["run"][phase] for turn in turns) for phase in turns[0]["run"]}
+    default, fast, train = (sum(turn[name] for turn in turns) for name in ("default", "fast", "train"))
+    ratios = {
+        "generate, default way / run": default / run["generate"],
+        "generate, fastest way / run": fast / run["generate"],
+        "train, alone / run": train / run["train"],
+        "step, sum of the floors / run": (fast + train) / run["step"],
     }
-    for answer in ways.values():  # what is slow once
-        answer(prompts(0), 32)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(1, 1 + arguments.steps):
-        for name, answer in ways.items():
-            seconds[name].append(answer(prompts(turn), arguments.tokens))
-    return seconds
+    return {"turns": turns, "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()}}
 
 
-def measure_megatron(arguments: argparse.Namespace) -> list[tuple[float, float]]:
-    """Seconds of (a scoring forward, a training step) on a batch of the run's sizes."""
+def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[], dict[str, float]]:
+    """vLLM's two other ways on the run's GPUs, and a batch for its ranks: what measures each of them once.
+
+    Each engine's KV cache is as large as the run's on a GPU, instead of what vLLM finds free there. The first call, which
+    compiles, samples a few tokens alone.
+    """
     import numpy as np
     import ray
 
-    from actors.group import RankGroup
-    from rlhf.counts import policy_ranks
-    from rlhf.options import load_config
+    from actors.rollout import ENVIRONMENT
+    from rlhf.config import RolloutRole
+    from rlhf.memory import engine_memory
+    from rlhf.model_folder import read_shape
 
-    config = load_config(options(arguments))
-    ray.init(include_dashboard=False, logging_level="ERROR")
-    kind, size = ray.remote(concurrency_groups={"report": 1})(PolicyAlone).options(num_gpus=1), policy_ranks(config)
-    policy = RankGroup("policy", [kind.remote(config, rank=rank, world_size=size) for rank in range(size)], timeout=600)
-    policy.setup()
-    policy.broadcast("schedule", 100)
+    config, policy = cluster.config, roles.policy
+    each = config.rollout.engines_per_device
+    count = cluster.num_engines // each
+    cache = int(1.05 * each * engine_memory(config, read_shape(Path(config.model))).kv_cache)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+
+    def start(kind: type, *values: Any, env: dict[str, str] | None = None) -> list[Any]:
+        chosen = [{"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} for gpu in gpus]  # not by Ray
+        kinds = [ray.remote(kind).options(num_cpus=0, runtime_env={"env_vars": one | (env or {})}) for one in chosen]
+        actors = [kind.remote(*values) for kind in kinds]
+        ray.get([actor.__ray_ready__.remote() for actor in actors])
+        return actors
+
+    of_fast = {"vllm_gpu_memory_utilization": 0.1, "vllm": config.vllm | {"kv_cache_memory_bytes": cache}}
+    of_default = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "max_num_seqs": PROMPTS * RESPONSES}
+    fast = start(EngineAlone, replace(config, rollout=RolloutRole(), **of_fast), 0, env=ENVIRONMENT)
+    default = start(DefaultAlone, config.model, of_default)
     arrays = [np.array(ids, np.int32) for ids in prompts()]
-    shards = random_shards(arrays, RESPONSES, arguments.tokens, VOCABULARY, config, policy.data_size)
-    policy.on_shards("take", shards)
-    return [policy.broadcast("alone", 0.0)[0] for _ in range(1 + arguments.steps)][1:]
+    policy.on_shards("take", random_shards(arrays, RESPONSES, tokens, VOCABULARY, config, policy.data_size))
+    turn = 0
+
+    def once() -> dict[str, float]:
+        nonlocal turn
+        turn += 1
+        shares = [prompts(turn)[index::count] for index in range(count)]
+        answer = [RESPONSES, tokens if turn > 1 else 32]
+        seconds = {"train": max(policy.on_all("train_alone", config.beta))}
+        seconds["fast"] = max(ray.get([one.alone.remote(share, *answer, None) for one, share in zip(fast, shares)]))
+        seconds["default"] = max(ray.get([one.alone.remote(share, *answer) for one, share in zip(default, shares)]))
+        return seconds
+
+    return once
 
 
-def measure_turns(arguments: argparse.Namespace) -> list[dict[str, float]]:
+def measure_pushes(arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Seconds of generation, push and switch, several times; with the memory in use."""
     import ray
 
