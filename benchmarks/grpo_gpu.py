@@ -10,7 +10,7 @@ no optimizer, for shapes whose optimizer's state does not fit.
 Two GPUs: `-- --vllm_mode server`, or `-- --nproc_per_node 2 --tensor_model_parallel_size 2 --sequence_parallel true
 --rollout.num_engines 2 --micro_batch_tokens 32768`.
 
-usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only turns,run,copy] [--out result.json]
+usage: grpo_gpu.py [--shape 1.5B] [--steps 3] [--tokens 1024] [--only turns,run,copy] [--work FOLDER] [--out result.json]
                    [-- further options of the run]
 """
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from rlhf.roles import Roles
 
 PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
-PARTS = ("turns", "run", "copy")
+PARTS = ("turns", "run", "copy", "pushes")
 
 
 def main() -> None:
@@ -53,29 +53,32 @@ def main() -> None:
     parser.add_argument("--shape", default="1.5B")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--only", default=",".join(PARTS[:3]), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--work", type=Path, help="a folder to keep (default: grpo_gpu-SHAPE in the temporary folder)")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # measure this in this process, and print it
     parser.add_argument("options", nargs="*", help="further options of the run")
     arguments = parser.parse_args()
     arguments.work = arguments.work or Path(tempfile.gettempdir()) / f"grpo_gpu-{arguments.shape}"
-    parts = arguments.only.split(",")
-    if len(parts) == 1 and parts[0] != "run":  # in its own process: prints what it measured
-        print(json.dumps(globals()[f"measure_{parts[0]}"](arguments)))
+    if arguments.here:
+        print(json.dumps(globals()[f"measure_{arguments.here}"](arguments)))
         return
+    parts = arguments.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only {', '.join(unknown)}: there are {', '.join(PARTS)}")
     result: dict[str, Any] = {}
     if not (arguments.work / "chance.py").exists():
         result["parameters"] = apart("make", arguments)
     for part in parts:
         result[part] = measure_run(arguments) if part == "run" else apart(part, arguments)
         print(part, json.dumps(result[part]), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(result, indent=1))
 
 
 def apart(part: str, arguments: argparse.Namespace) -> Any:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--only", part, "--work", arguments.work, "--steps", arguments.steps]
+    command = [sys.executable, __file__, "--here", part, "--work", arguments.work, "--steps", arguments.steps]
     command += ["--tokens", arguments.tokens, "--shape", arguments.shape, "--", *arguments.options]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -119,22 +122,31 @@ def measure_make(arguments: argparse.Namespace) -> int:
 
 
 def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
-    """For each turn, all but the first, seconds of the run's phases and of the floors; and the ratios of their sums."""
+    """For each turn, all but the first, seconds of the run's phases and of the floors; what their sums say."""
     import rlhf.roles
+    from rlhf.counts import policy_ranks, rollout_engines
+    from rlhf.model_folder import read_shape
+    from rlhf.options import load_config
 
     rlhf.roles.Policy = PolicyAlone
     words = options(arguments, vllm_gpu_memory_utilization=0.3)  # the floors have engines of their own
     both = run_in_turns(words, turn=1, others=partial(start_floors, tokens=arguments.tokens))[1:]
-    turns = [{"run": rows[0]["seconds"]} | floors for rows, floors in both]
+    steps, turns = [rows[0] for rows, _ in both], [{"run": rows[0]["seconds"]} | floors for rows, floors in both]
     run = {phase: sum(turn["run"][phase] for turn in turns) for phase in turns[0]["run"]}
     default, fast, train = (sum(turn[name] for turn in turns) for name in ("default", "fast", "train"))
-    ratios = {
-        "generate, default way / run": default / run["generate"],
-        "generate, fastest way / run": fast / run["generate"],
-        "train, alone / run": train / run["train"],
-        "step, sum of the floors / run": (fast + train) / run["step"],
+    config, shape = load_config(words), read_shape(arguments.work / "model")
+    gpus = rollout_engines(config) // config.rollout.engines_per_device * config.vllm_tensor_parallel_size
+    trained = len(steps) * PROMPTS * RESPONSES * (PROMPT_TOKENS + arguments.tokens)
+    sums = {
+        "generate: default way / run": default / run["generate"],
+        "generate: fastest way / run": fast / run["generate"],
+        "generate: response tokens/s a GPU": sum(row["response_tokens"] for row in steps) / run["generate"] / gpus,
+        "train: alone / run": train / run["train"],
+        "train: TFLOP/s a GPU": 6e-12 * shape.num_parameters() * trained / run["train"] / policy_ranks(config),
+        "step: sum of the floors / run": (fast + train) / run["step"],
+        "logprob difference": max(row["rollout_train_logprob_diff"] for row in steps),
     }
-    return {"turns": turns, "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()}}
+    return {"turns": turns, "sums": {name: float(f"{value:.4g}") for name, value in sums.items()}}
 
 
 def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[], dict[str, float]]:
@@ -148,17 +160,20 @@ def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[],
 
     from actors.rollout import ENVIRONMENT
     from rlhf.config import RolloutRole
+    from rlhf.counts import own_places
     from rlhf.memory import engine_memory
     from rlhf.model_folder import read_shape
 
     config, policy = cluster.config, roles.policy
-    each = config.rollout.engines_per_device
+    each, width = config.rollout.engines_per_device, config.vllm_tensor_parallel_size
     count = cluster.num_engines // each
     cache = int(1.05 * each * engine_memory(config, read_shape(Path(config.model))).kv_cache)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    first = cluster.policy_ranks if own_places(config) else 0
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(first + count * width)))).split(",")[first:]
+    places = [",".join(listed[index * width : (index + 1) * width]) for index in range(count)]
 
     def start(kind: type, *values: Any, env: dict[str, str] | None = None) -> list[Any]:
-        chosen = [{"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} for gpu in gpus]  # not by Ray
+        chosen = [{"CUDA_VISIBLE_DEVICES": gpus, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} for gpus in places]  # not by Ray
         kinds = [ray.remote(kind).options(num_cpus=0, runtime_env={"env_vars": one | (env or {})}) for one in chosen]
         actors = [kind.remote(*values) for kind in kinds]
         ray.get([actor.__ray_ready__.remote() for actor in actors])
@@ -166,6 +181,7 @@ def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[],
 
     of_fast = {"vllm_gpu_memory_utilization": 0.1, "vllm": config.vllm | {"kv_cache_memory_bytes": cache}}
     of_default = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "max_num_seqs": PROMPTS * RESPONSES}
+    of_default["tensor_parallel_size"] = width
     fast = start(EngineAlone, replace(config, rollout=RolloutRole(), **of_fast), 0, env=ENVIRONMENT)
     default = start(DefaultAlone, config.model, of_default)
     arrays = [np.array(ids, np.int32) for ids in prompts()]

@@ -36,11 +36,12 @@ OWNED = frozenset(
 )
 
 
-# Of vLLM's engine arguments what the push, the logprobs and the turns on a GPU rely on.
+# Of vLLM's engine arguments what the push, the logprobs, the turns on a GPU and the sums of its memory rely on.
 OWNED_OF_VLLM = frozenset(
     """
     model load_format tensor_parallel_size logprobs_mode worker_extension_cls enable_sleep_mode speculative_config
     gpu_memory_utilization distributed_executor_backend pipeline_parallel_size data_parallel_size
+    dtype seed max_model_len max_num_seqs kv_cache_memory_bytes
     """.split()
 )
 

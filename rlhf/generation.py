@@ -113,7 +113,8 @@ class Generation:
         indices = range(len(self.owner.engines)) if self.owner.neighbours else [lost.index]
         prompts = [prompt for call in self.calls.values() if call.index in indices for prompt in call.prompts]
         self.calls = {ref: call for ref, call in self.calls.items() if call.index not in indices}
-        self.owner.replace(lost.index, str(lost), error)
+        if lost.engine is self.owner.engines[lost.index]:  # not replaced already, by a push to another one's successor
+            self.owner.replace(lost.index, str(lost), error)
         if self.owner.config.deterministic:
             for index in indices:
                 self._submit_share(index)

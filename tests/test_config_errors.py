@@ -116,6 +116,7 @@ def test_words_that_are_not_understood(words, message):
         ("--megatron.grad_reduce_in_fp23 false", "megatron.grad_reduce_in_fp23 is no field of Megatron's model, optimizer or data-parallel config; did you mean megatron.grad_reduce_in_fp32?"),
         ("--megatron.bf16 true", "megatron.bf16 is set by the run itself: use the option of its own, if there is one"),
         ("--vllm.load_format auto", "vllm.load_format is set by the run itself: use the option of its own, if there is one"),
+        ("--vllm.max_num_seqs 2048", "vllm.max_num_seqs is set by the run itself: use the option of its own, if there is one"),
         ("--vllm.gpu_memory_utilization 0.5", "vllm.gpu_memory_utilization is set by the run itself: use the option of its own, if there is one"),
         ("--vllm_mode server --offload_model true", "--offload_model has no effect with vllm_mode server, where no GPU is shared: leave it out, or give --vllm_mode colocate"),
         ("--vllm.block_sizes 4", "vllm.block_sizes is no engine argument of vLLM; did you mean vllm.block_size?"),

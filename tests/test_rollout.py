@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import ray
 from kill_engine import engine_pid, kill_while_generating
+from ray.exceptions import ActorDiedError
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -577,6 +578,18 @@ def test_a_killed_engine_is_replaced_and_the_result_is_the_same(engines, models)
     assert engines.restarts == before + 1
     assert len(groups) == 24 and by_prompt(groups) == undisturbed
     assert logprob_error(hugging_face(models["b"]), groups[:4]) <= TOLERANCE
+
+
+def test_an_engine_that_was_replaced_meanwhile_is_left_alone(engines, models) -> None:
+    """As when it is found dead in the push to the successor of another one."""
+    before = engines.restarts
+    groups = engines.generate(some_prompts(24), n=4, sampling={"max_completion_length": 100})
+    first = next(groups)
+    ray.kill(engines.engines[1])
+    engines.replace(1, "push", ActorDiedError())
+    successor = engines.engines[1]
+    assert len([first, *groups]) == 24
+    assert engines.restarts == before + 1 and engines.engines[1] is successor
 
 
 @pytest.mark.slow
