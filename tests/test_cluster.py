@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +29,14 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def folders():
+    """A short path: Ray has sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def cluster(tmp_path, folders):
     """(environment to reach it, dashboard address) of a head and a worker node with one CPU each."""
     port, dashboard = free_port(), free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -41,7 +49,8 @@ def cluster(tmp_path):
     try:
         for name, arguments in (("head", head), ("worker", [f"--address=127.0.0.1:{port}", *common])):
             log = open(tmp_path / f"{name}.log", "w")
-            command = [BIN / "ray", "start", *arguments, f"--dashboard-agent-listen-port={free_port()}"]
+            own = [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folders / name}"]  # a job's files too
+            command = [BIN / "ray", "start", *arguments, *own]
             nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             deadline = time.monotonic() + 120
             while len(listed("nodes", environment, address)) < len(nodes):
