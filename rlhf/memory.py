@@ -141,6 +141,11 @@ def sequence_cache(config: Config, shape: ModelShape) -> int:
     return longest_sequence(config) * per_token
 
 
+def recorded_logprobs(config: Config) -> int:
+    """Bytes on each device of an engine for the logprobs that it records: one in float32 for each place of a sequence."""
+    return 4 * most_at_a_time(config) * (longest_sequence(config) + 1)
+
+
 def responses_at_a_time(config: Config) -> int:
     """Responses of a batch that one engine decodes together, when the prompts are spread evenly."""
     return min(engine_share(config), most_at_a_time(config))

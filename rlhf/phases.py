@@ -18,6 +18,7 @@ from rlhf.memory import (
     optimizer_bytes,
     optimizer_state_bytes,
     policy_memory,
+    recorded_logprobs,
     reward_model_memory,
 )
 from rlhf.model_folder import ModelShape
@@ -73,7 +74,7 @@ def holdings(config: Config, shape: ModelShape, frozen_shape: ModelShape | None,
     buffers = {"push buffers": PUSH_BUCKETS * max(BUCKET_BYTES, largest)}
     others = (config.vllm_tensor_parallel_size - 1) * WORKER_CONTEXT
     engines = config.rollout.engines_per_device
-    contexts = engines * ENGINE_RESIDUE + others
+    contexts = engines * (ENGINE_RESIDUE + recorded_logprobs(config)) + others
     asleep = {"sleeping engine": contexts}
     engine = {"engine": int(config.vllm_gpu_memory_utilization * gpu_memory), "engine's contexts": contexts}
     if not shares_gpus(config):  # a rank keeps what training took; engines are pushed to while they are awake
