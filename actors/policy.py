@@ -72,8 +72,8 @@ class Policy(MegatronRank):
         `old` and `ref` are results of `logprobs`, `batch_values` of `sequence_values`, `teacher` of `token_logits`. Metrics
         are the same on every rank that returns some: those of `loss` (sums over micro batches and data ranks; names that start
         with max_ are maxima), loss, grad_norm, lr, where there are rollout logprobs their mean and maximal difference from the
-        policy's, and on GPUs the most memory in use on any since the last step. Raises FloatingPointError when the loss or the
-        gradient norm is not finite.
+        policy's and the `entropy`, and on GPUs the most memory in use on any since the last step. Raises FloatingPointError when
+        the loss or the gradient norm is not finite.
         """
         from actors.megatron.metrics import largest_of_ranks
         from actors.megatron.parallel import returns_results
@@ -118,7 +118,7 @@ class Policy(MegatronRank):
         """The metrics of the global batch; none but on the last pipeline stage."""
         from actors.megatron.distillation import Comparison
         from actors.megatron.forward_backward import run_micro_batches
-        from actors.megatron.metrics import reduce_metrics, rollout_difference
+        from actors.megatron.metrics import of_sampled_tokens, reduce_metrics
 
         def output_loss(logits: torch.Tensor, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             if comparison is None:
@@ -126,7 +126,7 @@ class Policy(MegatronRank):
             else:
                 outputs, micro_batch = comparison.compare(logits, micro_batch)
             value, metrics = loss(outputs, micro_batch.batch)
-            return value, metrics | {"loss": value.detach()} | rollout_difference(outputs, micro_batch)
+            return value, metrics | {"loss": value.detach()} | of_sampled_tokens(outputs, micro_batch)
 
         comparison = None
         if teacher is not None:

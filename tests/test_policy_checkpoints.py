@@ -170,6 +170,9 @@ def test_rollout_logprobs_are_compared_with_the_policys(hosts, model, rows):
     metrics = group.train_step(shards_of(rows, ray.put(as_group(rows, prompt, rollout)), SPLITS[1]), nll_loss)
     assert metrics["rollout_train_logprob_diff"] == pytest.approx(np.concatenate(off).mean(), abs=1e-5)
     assert metrics["max_rollout_train_logprob_diff"] == pytest.approx(0.08, abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(
+        -np.concatenate([truth[100 + item][prompt:] for item in range(ROWS)]).mean(), rel=1e-5
+    )
     assert metrics["count"] == sum(mask.sum() for mask in masks)
     assert metrics["grad_norm"] > 0  # measured without clipping too
     assert metrics["lr"] == 0  # the first of 5 warm-up steps

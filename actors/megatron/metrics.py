@@ -10,20 +10,23 @@ if TYPE_CHECKING:
     import torch
 
 MAXIMUM = "max_"  # names that start so take the maximum, all others the sum
-DIFF, COUNT = "rollout_train_logprob_diff", "_response_tokens"
+DIFF, ENTROPY, COUNT = "rollout_train_logprob_diff", "entropy", "_response_tokens"
 
 
-def rollout_difference(logprobs: torch.Tensor, micro_batch: PackedMicroBatch) -> dict[str, torch.Tensor]:
-    """How far the rollout engine's logprobs are from the policy's with the same weights, over response tokens.
+def of_sampled_tokens(logprobs: torch.Tensor, micro_batch: PackedMicroBatch) -> dict[str, torch.Tensor]:
+    """Sums over response tokens: how far the rollout engine's logprobs are from the policy's with the same weights, and -logprob.
 
-    After the first update of a generation batch the policy has moved on: its old logprobs are compared then.
+    The mean of the latter estimates the entropy of what was sampled from, before top-p and top-k, in nats. After the first
+    update of a generation batch the policy has moved on: its old logprobs are taken then.
     """
     batch = micro_batch.batch
     if batch.rollout_logprobs is None:
         return {}
     trained = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    difference = (batch.rollout_logprobs - trained).abs() * (batch.loss_mask > 0)
-    return {DIFF: difference.sum(), MAXIMUM + DIFF: difference.max(), COUNT: (batch.loss_mask > 0).sum()}
+    sampled = batch.loss_mask > 0
+    difference = (batch.rollout_logprobs - trained).abs() * sampled
+    entropy = -(trained * sampled).sum()
+    return {DIFF: difference.sum(), MAXIMUM + DIFF: difference.max(), ENTROPY: entropy, COUNT: sampled.sum()}
 
 
 def reduce_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -43,7 +46,8 @@ def reduce_metrics(micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, fl
     dist.all_gather(gathered, local, group=parallel_state.get_data_parallel_group())
     result = dict(zip(names, _combined(torch.stack(gathered), is_maximum).tolist()))
     if COUNT in result:
-        result[DIFF] /= max(result.pop(COUNT), 1)
+        count = max(result.pop(COUNT), 1)
+        result |= {name: result[name] / count for name in (DIFF, ENTROPY)}
     return result
 
 
