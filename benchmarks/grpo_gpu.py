@@ -180,8 +180,8 @@ def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[],
         return actors
 
     of_fast = {"vllm_gpu_memory_utilization": 0.1, "vllm": config.vllm | {"kv_cache_memory_bytes": cache}}
-    of_default = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache, "max_num_seqs": PROMPTS * RESPONSES}
-    of_default["tensor_parallel_size"] = width
+    of_default = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}
+    of_default |= {"max_num_seqs": PROMPTS * RESPONSES, "tensor_parallel_size": width}
     fast = start(EngineAlone, replace(config, rollout=RolloutRole(), **of_fast), 0, env=ENVIRONMENT)
     default = start(DefaultAlone, config.model, of_default)
     arrays = [np.array(ids, np.int32) for ids in prompts()]
