@@ -175,15 +175,14 @@ def start_floors(cluster: Cluster, roles: Roles, *, tokens: int) -> Callable[[],
     def start(kind: type, *values: Any, env: dict[str, str] | None = None) -> list[Any]:
         chosen = [{"CUDA_VISIBLE_DEVICES": gpus, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} for gpus in places]  # not by Ray
         kinds = [ray.remote(kind).options(num_cpus=0, runtime_env={"env_vars": one | (env or {})}) for one in chosen]
-        actors = [kind.remote(*values) for kind in kinds]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
-        return actors
+        return [kind.remote(*values) for kind in kinds]
 
     of_fast = {"vllm_gpu_memory_utilization": 0.1, "vllm": config.vllm | {"kv_cache_memory_bytes": cache}}
     of_default = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}
     of_default |= {"max_num_seqs": PROMPTS * RESPONSES, "tensor_parallel_size": width}
     fast = start(EngineAlone, replace(config, rollout=RolloutRole(), **of_fast), 0, env=ENVIRONMENT)
     default = start(DefaultAlone, config.model, of_default)
+    ray.get([engine.__ray_ready__.remote() for engine in fast + default])
     arrays = [np.array(ids, np.int32) for ids in prompts()]
     policy.on_shards("take", random_shards(arrays, RESPONSES, tokens, VOCABULARY, config, policy.data_size))
     turn = 0
