@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rlhf.roles import Roles
 
 PROMPTS, RESPONSES, PROMPT_TOKENS = 64, 8, 256
+WARM_UP = 2  # steps: in the second, torch still compiles for sizes that the first did not have
 PARTS = ("turns", "run", "copy", "pushes")
 
 
@@ -91,7 +92,7 @@ def options(arguments: argparse.Namespace, **changes: Any) -> list[str]:
         "rlhf_type": "grpo", "model": work / "model", "dataset": work / "prompts.jsonl", "template_backend": "jinja",
         "model_type": "qwen2", "external_plugins": work / "chance.py", "reward_funcs": "chance", "output_dir": work / "runs",
         "run_name": f"bench-{time.time():.0f}", "num_generations": RESPONSES, "global_batch_size": PROMPTS * RESPONSES,
-        "micro_batch_tokens": 8192, "train_iters": arguments.steps + 1, "max_completion_length": arguments.tokens,
+        "micro_batch_tokens": 8192, "train_iters": WARM_UP + arguments.steps, "max_completion_length": arguments.tokens,
         "max_length": PROMPT_TOKENS, "beta": 0, "lr": 1e-6, "temperature": 1.0, "nproc_per_node": 1,
         "recompute_granularity": "none", "report_to": "none", "save_steps": 10**6, "vllm_gpu_memory_utilization": 0.5,
         "vllm_max_num_seqs": PROMPTS * RESPONSES, "logging_steps": 1, "no_save_optim": "true",
@@ -101,11 +102,11 @@ def options(arguments: argparse.Namespace, **changes: Any) -> list[str]:
 
 
 def measure_run(arguments: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each phase, all but the first step; and the logprob difference of the last step."""
+    """Median seconds of each phase after the warm-up; and the logprob difference of the last step."""
     words = options(arguments)
     subprocess.run([sys.executable, str(ROOT / "rlhf" / "main.py"), *words], check=True)
     folder = arguments.work / "runs" / words[words.index("--run_name") + 1]
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")][1:]
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")][WARM_UP:]
     phases = {name: statistics.median(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
     differences = {name: rows[-1][name] for name in rows[-1] if "logprob_diff" in name}
     return phases | differences | {"response_tokens": rows[-1]["response_tokens"]}
@@ -122,7 +123,7 @@ def measure_make(arguments: argparse.Namespace) -> int:
 
 
 def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
-    """For each turn, all but the first, seconds of the run's phases and of the floors; what their sums say."""
+    """For each turn after the warm-up, seconds of the run's phases and of the floors; what their sums say."""
     import rlhf.roles
     from rlhf.counts import policy_ranks, rollout_engines
     from rlhf.model_folder import read_shape
@@ -130,7 +131,7 @@ def measure_turns(arguments: argparse.Namespace) -> dict[str, Any]:
 
     rlhf.roles.Policy = PolicyAlone
     words = options(arguments, vllm_gpu_memory_utilization=0.3)  # the floors have engines of their own
-    both = run_in_turns(words, turn=1, others=partial(start_floors, tokens=arguments.tokens))[1:]
+    both = run_in_turns(words, turn=1, others=partial(start_floors, tokens=arguments.tokens))[WARM_UP:]
     steps, turns = [rows[0] for rows, _ in both], [{"run": rows[0]["seconds"]} | floors for rows, floors in both]
     run = {phase: sum(turn["run"][phase] for turn in turns) for phase in turns[0]["run"]}
     default, fast, train = (sum(turn[name] for turn in turns) for name in ("default", "fast", "train"))
