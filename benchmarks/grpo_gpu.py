@@ -52,7 +52,7 @@ PARTS = ("turns", "run", "copy", "pushes")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="1.5B")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help=f"to measure, after {WARM_UP} to warm up")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--only", default=",".join(PARTS[:3]), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--work", type=Path, help="a folder to keep (default: grpo_gpu-SHAPE in the temporary folder)")
