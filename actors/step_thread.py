@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import queue
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -115,11 +117,19 @@ class StepThread:
         self._deliver([(request.done, None, error) for batch in self.held.values() for request in batch])
         self.held.clear()
         if self.pending:
-            self.engine.abort_request(list(self.pending))
             self._deliver([(request.done, None, error) for request in self.pending.values()])
+            self.engine.abort_request(list(self.pending))
             self.pending.clear()
 
     def _run(self, built: asyncio.Future) -> None:
+        """The thread. What it did not foresee ends the process, which is then replaced: its callers would wait for nobody."""
+        try:
+            self._build_and_step(built)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _build_and_step(self, built: asyncio.Future) -> None:
         with self.progress.doing("building the engine"):
             try:
                 with built_together():

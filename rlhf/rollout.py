@@ -124,7 +124,7 @@ class RolloutEngines:
             peaks, _ = self._ask("peak_gib")
             self.gpu_gib = max((gib for gib in [self.gpu_gib, *peaks] if gib is not None), default=None)
         finally:
-            elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # to replace an engine
+            elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # for one in a dead one's place
             self.seconds["generate"] += time.monotonic() - start - elsewhere
 
     def stream(self, token_ids: np.ndarray) -> Iterator[str | GroupSummary]:
@@ -185,9 +185,7 @@ class RolloutEngines:
             self._leave(weights=False)
             if not self._wake("weights"):
                 return self._push_to_all()
-        start = time.monotonic()
         report = self._push_to(range(len(self.engines)))
-        self.seconds["push"] += time.monotonic() - start
         if report is None:
             return self._push_to_all()
         if self.neighbours:
@@ -203,6 +201,7 @@ class RolloutEngines:
         for index in indices:
             shares[self.sender_of(index)][index] = self.engines[index]
         limit = {"timeout": self.config.push_timeout + PUSH_GRACE, "option": "push_timeout"}
+        start = time.monotonic()
         try:
             reports = self.policy.scatter("push_weights", shares, self.version, **limit)
         except (RayTaskError, RayActorError) as error:
@@ -213,6 +212,7 @@ class RolloutEngines:
                 raise
             self._replace_dead(dict.fromkeys(dead, error), "push")
             return None if self.neighbours else self._push_to(sorted({*indices, *dead}))
+        self.seconds["push"] += time.monotonic() - start
         sent = [report for report in reports if report is not None]
         for report in sent:
             if report.version != self.version:

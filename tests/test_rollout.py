@@ -314,6 +314,19 @@ def test_deaths_in_the_setup_are_counted_and_their_successors_have_no_more_time(
     ray.kill(spawned[-1])
 
 
+def test_an_engine_whose_thread_fails_ends_instead_of_leaving_its_callers_waiting(local_ray, models) -> None:
+    class Failing(RolloutEngine):
+        async def fail(self) -> None:
+            self.thread.post(lambda: 1 / 0)
+
+    kind = ray.remote(max_concurrency=1000)(Failing).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
+    engine = kind.remote(settings(models["a"]), index=0)
+    ray.get(engine.setup.remote())
+    engine.fail.remote()
+    with pytest.raises(ActorDiedError):
+        ray.get(engine.peak_gib.remote(), timeout=30)
+
+
 @pytest.fixture
 def told(local_ray, models) -> tuple[RolloutEngines, list[str]]:
     """Engines 0 to 3, which do nothing, on two shared places, and what was asked of them, in order."""
