@@ -124,7 +124,7 @@ class RolloutEngines:
             peaks, _ = self._ask("peak_gib")
             self.gpu_gib = max((gib for gib in [self.gpu_gib, *peaks] if gib is not None), default=None)
         finally:
-            elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # for one in a dead one's place
+            elsewhere = self.seconds["push"] + self.seconds["switch"] - elsewhere  # to replace an engine
             self.seconds["generate"] += time.monotonic() - start - elsewhere
 
     def stream(self, token_ids: np.ndarray) -> Iterator[str | GroupSummary]:
