@@ -4,14 +4,15 @@ The engine lives in the actor's own process. One thread builds it, steps it and 
 steps; the actor's event loop only takes calls, waits, and turns finished requests into arrays and texts.
 
 An engine answers for one version of the weights: the last complete push. From the beginning of a push to its verified
-end it refuses to generate.
+end it refuses to generate, and what it was asked before waits: it goes on with the new weights.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class RolloutEngine:
 
         def begin() -> None:
             self.ledger = PushLedger(self.ledger.tensors)
-            self._stop("another run took the engine")
+            self._drop("another run took the engine")
 
         await self.thread.call(begin)
         leave_group()
@@ -108,7 +109,7 @@ class RolloutEngine:
         """Give the GPU's memory back: weights and KV cache are dropped. Unfinished requests fail; nothing if asleep."""
 
         def sleep() -> None:
-            self._stop("the engine was put to sleep")
+            self._drop("the engine was put to sleep")
             if not self.thread.engine.is_sleeping():
                 self.thread.engine.sleep(level=2)
 
@@ -143,7 +144,8 @@ class RolloutEngine:
         `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
         `sampling.OPTIONS`), and names "excluded_ids". The token that ends a response is part of it. Nothing starts before
         all prompts of `batch` are here; they then start between the same two steps, in the order of their indices.
-        PushError when the engine does not hold `version`.
+        A push meanwhile only pauses them: what is sampled after it is by the new weights, as the group's version tells.
+        PushError when the engine does not hold `version` at first.
         """
         self._require(version)
         requests = []
@@ -152,7 +154,6 @@ class RolloutEngine:
             requests.append(Held(index, *self._request(prompt, params)))
         self.thread.post(lambda: self.thread.hold(requests, batch))
         outputs = await asyncio.gather(*(request.done for request in requests))
-        self._require(version)
         groups = await asyncio.to_thread(lambda: [self._group(prompt, *output) for prompt, output in zip(prompts, outputs)])
         return [summary for _, summary in groups], *(tokens for tokens, _ in groups)
 
@@ -174,20 +175,21 @@ class RolloutEngine:
             if sample.text:
                 text += sample.text
                 yield sample.text
-        output, _ = await done
+        output, (version, _) = await done
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
         if whole.startswith(text) and whole != text:  # bytes that no character was completed from
             yield whole[len(text) :]
             text = whole
         reason = output.outputs[0].finish_reason
-        yield GroupSummary(texts=(text,), finish_reasons=(reason,), response_lengths=(len(ids),))
+        yield GroupSummary(texts=(text,), finish_reasons=(reason,), response_lengths=(len(ids),), weight_version=version)
 
     async def begin_push(self, version: int) -> None:
-        """Stop answering, and get ready for the buckets of `version`. Unfinished requests fail."""
+        """Answer for no version, pause what is unfinished, and get ready for the buckets of `version`."""
 
         def begin() -> None:
             self.ledger.begin(version)
-            self._stop(f"version {version} was pushed")
+            self.thread.pause()
+            self.acknowledged = None
             self.thread.workers.call("begin_weights")
 
         await self.thread.call(begin)
@@ -197,7 +199,7 @@ class RolloutEngine:
         await seat.take()
 
     async def receive_bucket(self, bucket: Bucket) -> None:
-        """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
+        """Load one bucket; PushError, and the end of this push and of unfinished requests, when anything about it is wrong."""
         if workers := len(self.thread.workers.processes):
             data, _kept = await for_workers(bucket.payload, self.index, workers)  # kept until this returns
         else:
@@ -206,27 +208,23 @@ class RolloutEngine:
 
         def load() -> None:
             with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):
-                try:
+                with self._ending_if_it_fails(bucket.version):
                     names = self.ledger.admit(bucket)
                     self.thread.workers.call("load_bucket", bare, data, names)
-                except Exception:
-                    self.ledger.fail()
-                    raise
 
         await self.thread.call(load)
 
     async def finish_push(self, version: int, names: list[str]) -> tuple[int, int]:
-        """Check that exactly the model's tensors came, put them in place, forget the old prefix cache.
+        """Check that exactly the model's tensors came, put them in place, and go on with them, without the old prefix cache.
 
         Returns the version that is held from now on, and its number of tensors.
         """
 
         def finish() -> tuple[int, int]:
-            with self.progress.doing(f"finishing the push of version {version}"):
+            with self.progress.doing(f"finishing the push of version {version}"), self._ending_if_it_fails(version):
                 count = self.ledger.finish(version, names)
                 self.thread.workers.call("finish_weights", self.ledger.tensors.tied)
-                if not self.thread.engine.reset_prefix_cache(reset_running_requests=True):
-                    raise PushError(f"version {version}: the prefix cache of the old weights could not be reset")
+                self.thread.resume()
                 self.acknowledged = version
                 return version, count
 
@@ -247,10 +245,21 @@ class RolloutEngine:
         pending = 0 if self.thread is None else self.thread.num_pending
         return f"{self.progress.report()}; {holds}, {pending} prompts pending, pid {os.getpid()}"
 
-    def _stop(self, reason: str) -> None:
+    def _drop(self, reason: str) -> None:
         """In the thread: answer for no version, and drop every request."""
         self.acknowledged = None
         self.thread.abort(PushError(f"request dropped: {reason}"))
+        self.thread.workers.call("forget_logprobs")
+
+    @contextmanager
+    def _ending_if_it_fails(self, version: int) -> Iterator[None]:
+        """In the thread: a push that something is wrong with is over, and what it paused has no weights to go on with."""
+        try:
+            yield
+        except Exception:
+            self.ledger.fail()
+            self._drop(f"the push of version {version} failed")
+            raise
 
     def _require(self, version: int) -> None:
         if version != self.acknowledged:
@@ -263,20 +272,21 @@ class RolloutEngine:
         )
 
     def _request(self, prompt: np.ndarray, params: SamplingParams, watch: Watch | None = None) -> tuple[Callable[[], None], Any]:
-        return self.thread.request(
-            prompt.tolist(), params, self._logprobs if self.recorded else None, watch=watch, adapter=self.adapter
-        )
+        return self.thread.request(prompt.tolist(), params, self._last_state, watch=watch, adapter=self.adapter)
 
-    def _logprobs(self, request_id: str, output: RequestOutput) -> list[np.ndarray]:
-        """In the thread, when a request is finished: its samples' logprobs from where the worker recorded them."""
+    def _last_state(self, request_id: str, output: RequestOutput) -> tuple[int, list[np.ndarray] | None]:
+        """In the thread, when a request is finished: the version of now, its samples' logprobs where the worker recorded them."""
+        if not self.recorded:
+            return self.acknowledged, None
         names = [request_id] if len(output.outputs) == 1 else [f"{sample.index}_{request_id}" for sample in output.outputs]
         start = len(output.prompt_token_ids)
         spans = [(start, start + len(sample.token_ids)) for sample in output.outputs]
-        return self.thread.workers.call("recorded_logprobs", names, spans)[0]
+        return self.acknowledged, self.thread.workers.call("recorded_logprobs", names, spans)[0]
 
     def _group(
-        self, prompt_ids: np.ndarray, output: RequestOutput, logprobs: list[np.ndarray] | None
+        self, prompt_ids: np.ndarray, output: RequestOutput, last_state: tuple[int, list[np.ndarray] | None]
     ) -> tuple[GroupTokens, GroupSummary]:
+        version, logprobs = last_state
         ids = [list(sample.token_ids) for sample in output.outputs]
         logprobs = logprobs or [sample.logprobs.logprobs for sample in output.outputs]
         assert [len(row) for row in ids] == [len(row) for row in logprobs], (output.request_id, ids, logprobs)
@@ -286,5 +296,10 @@ class RolloutEngine:
             rollout_logprobs=tuple(np.array(row, np.float32) for row in logprobs),
         )
         texts = decode_batch(self.tokenizer, ids)
-        reasons = tuple(sample.finish_reason for sample in output.outputs)
-        return tokens, GroupSummary(texts=tuple(texts), finish_reasons=reasons, response_lengths=tuple(map(len, ids)))
+        summary = GroupSummary(
+            texts=tuple(texts),
+            finish_reasons=tuple(sample.finish_reason for sample in output.outputs),
+            response_lengths=tuple(map(len, ids)),
+            weight_version=version,
+        )
+        return tokens, summary

@@ -32,7 +32,7 @@ class Pending(NamedTuple):
     """A request in the engine."""
 
     done: asyncio.Future
-    finish: Callable[[RequestOutput], Any] | None
+    finish: Callable[[RequestOutput], Any]
     watch: Watch | None
 
 
@@ -54,6 +54,7 @@ class StepThread:
         self.pending: dict[str, Pending] = {}  # by request id
         self.held: dict[int, list[Held]] = defaultdict(list)  # by batch id
         self.ids = itertools.count()
+        self.paused = False
         self.engine: LLMEngine
         self.workers: EngineWorkers
 
@@ -82,7 +83,7 @@ class StepThread:
         self,
         prompt_ids: list[int],
         params: SamplingParams,
-        finish: Finish | None = None,
+        finish: Finish,
         *,
         watch: Watch | None = None,
         adapter: LoRARequest | None = None,
@@ -98,7 +99,7 @@ class StepThread:
             try:
                 prompt = {"prompt_token_ids": prompt_ids}
                 name = self.engine.add_request(request_id, prompt, params, lora_request=adapter)
-                self.pending[request_id] = Pending(done, finish and partial(finish, name), watch)
+                self.pending[request_id] = Pending(done, partial(finish, name), watch)
             except Exception as error:  # goes to the caller
                 self._deliver([(done, None, error)])
 
@@ -111,6 +112,22 @@ class StepThread:
         if len(held) >= batch.size:
             for request in sorted(self.held.pop(batch.id), key=lambda request: request.index):
                 request.add()
+
+    def pause(self) -> None:
+        """In the thread: no step from now on, once what is being computed has come out. Requests stay, and may be added."""
+        core = self.engine.engine_core.engine_core
+        if core.batch_queue:
+            core.pause_scheduler(mode="keep", clear_cache=False)
+            while core.batch_queue and self._step():
+                pass
+            core.resume_scheduler()  # vLLM would take a paused engine for one that sleeps
+        self.paused = True
+
+    def resume(self) -> None:
+        """In the thread: go on, with what weights there are now. Requests are read again to where they are: no cache is kept."""
+        if not self.engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM could not reset the prefix cache of the old weights")
+        self.paused = False
 
     def abort(self, error: Exception) -> None:
         """In the thread: drop every request, held ones too; whoever waits for one gets `error`."""
@@ -143,31 +160,35 @@ class StepThread:
             self.calls.get()()
             while not self.calls.empty():  # let requests that arrive together start together
                 self.calls.get()()
-            if self.pending:
+            if self.pending and not self.paused:
                 with self.progress.doing("generating"):
                     self._step_until_idle()
 
     def _step_until_idle(self) -> None:
-        while self.pending:
-            try:
-                outputs = self.engine.step()
-            except Exception as error:  # goes to the caller
-                self.workers.require_alive()
-                self.abort(error)
-                return
-            for output in outputs:
-                if watch := self.pending[output.request_id].watch:
-                    watch(output)
-            finished = [self._finished(output) for output in outputs if output.finished]
-            if finished:
-                self._deliver(finished)
+        while self.pending and not self.paused and self._step():
             while not self.calls.empty():
                 self.calls.get()()
+
+    def _step(self) -> bool:
+        """False when it failed: every request is dropped then."""
+        try:
+            outputs = self.engine.step()
+        except Exception as error:  # goes to the caller
+            self.workers.require_alive()
+            self.abort(error)
+            return False
+        for output in outputs:
+            if watch := self.pending[output.request_id].watch:
+                watch(output)
+        finished = [self._finished(output) for output in outputs if output.finished]
+        if finished:
+            self._deliver(finished)
+        return True
 
     def _finished(self, output: RequestOutput) -> Answer:
         done, finish, _ = self.pending.pop(output.request_id)
         try:
-            return done, (output, finish and finish(output)), None
+            return done, (output, finish(output)), None
         except Exception as error:  # goes to the caller
             self.workers.require_alive()
             return done, None, error

@@ -105,7 +105,7 @@ class Generation:
                 texts=summary.texts,
                 finish_reasons=summary.finish_reasons,
                 response_lengths=summary.response_lengths,
-                weight_version=self.owner.version,
+                weight_version=summary.weight_version,
             )
 
     def _recover(self, lost: Call, error: RayActorError) -> None:

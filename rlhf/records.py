@@ -63,6 +63,7 @@ class GroupSummary:
     texts: tuple[str, ...]  # n, without special tokens
     finish_reasons: tuple[str, ...]  # n: "stop" or "length"
     response_lengths: tuple[int, ...]  # n, tokens, with the one that ended the response
+    weight_version: int  # that sampled the last tokens; those before a push that came meanwhile are of older ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Group:
     texts: tuple[str, ...]  # n
     finish_reasons: tuple[str, ...]  # n: "stop" or "length"
     response_lengths: tuple[int, ...]  # n
-    weight_version: int  # of the policy that produced every token of it
+    weight_version: int  # of the policy that sampled it; with a push meanwhile: that sampled the last tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,10 @@ class RolloutEngines:
                 del self.starting[index]
 
     def push(self, policy: ActorGroup) -> PushReport:
-        """Give every engine the policy's weights as the next version, verified."""
+        """Give every engine the policy's weights as the next version, verified.
+
+        An engine with a GPU of its own pauses what it is sampling, and goes on with the new weights; by turns that is lost.
+        """
         self.policy, self.gpu_gib = policy, None
         self.version += 1
         self._push_to_all()

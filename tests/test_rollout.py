@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
 from rlhf.config import Config, RolloutRole
 from rlhf.error_origin import is_ours_in_actor
-from rlhf.records import Batch, Group, Prompt
+from rlhf.records import Batch, Group, GroupTokens, Prompt
 from rlhf.rollout import RolloutEngines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,20 +174,27 @@ def hugging_face(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def logprob_error(model, groups: list[Group], temperature: float = 1.0) -> float:
-    """Largest |rollout logprob - Hugging Face's| over all response tokens."""
+def logprob_errors(model, tokens: GroupTokens, item: int, temperature: float = 1.0, excluded: Sequence[int] = ()) -> np.ndarray:
+    """|rollout logprob - Hugging Face's| of a response's tokens, [R]; those of `excluded` were not to be sampled."""
     import torch
 
+    ids, mask, logprobs = tokens.sequence(item)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids[None]).long()).logits[0] / temperature
+    logits[:, list(excluded)] = -torch.inf
+    expected = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:, None]).long())[:, 0].numpy()
+    return np.abs(expected - logprobs[1:])[mask[1:] > 0]
+
+
+def logprob_error(model, groups: list[Group], temperature: float = 1.0) -> float:
+    """Largest |rollout logprob - Hugging Face's| over all response tokens."""
     worst = 0.0
     for group in groups:
         tokens = ray.get(group.tokens)
         for item in range(len(group.texts)):
-            ids, mask, logprobs = tokens.sequence(item)
-            assert mask.sum() == group.response_lengths[item] > 0
-            with torch.no_grad():
-                expected = (model(torch.tensor(ids[None]).long()).logits[0] / temperature).log_softmax(-1)
-            expected = expected[:-1].gather(-1, torch.tensor(ids[1:, None]).long())[:, 0].numpy()
-            worst = max(worst, float(np.abs(expected - logprobs[1:])[mask[1:] > 0].max()))
+            errors = logprob_errors(model, tokens, item, temperature)
+            assert len(errors) == group.response_lengths[item] > 0
+            worst = max(worst, float(errors.max()))
     return worst
 
 
@@ -545,11 +552,43 @@ def test_a_call_that_overtakes_an_earlier_batch_starts_neither_that_one_nor_wait
     assert [len(summaries) for summaries in ray.get([first, second], timeout=60)] == [2, 2]
 
 
-def test_a_push_drops_what_waits_for_the_rest_of_its_batch(engines, policy, models) -> None:
-    waiting = ask(engines, some_prompts(2), Batch(-3, 4))
+def test_a_push_pauses_responses_and_the_rest_of_them_is_by_the_new_weights(engines, policy, models) -> None:
+    engine, version, limit = engines.engines[0], engines.version, {"max_completion_length": 300, "excluded_ids": [EOS]}
+    prompts = some_prompts(8)
+    summaries, *tokens = engine.generate.options(num_returns=9).remote(
+        range(8), [prompt.token_ids for prompt in prompts], 2, version, Batch(-3, 8), limit
+    )
+    stream = engine.stream.options(num_returns="streaming").remote(prompts[0].token_ids, version, limit)
+    pieces = [ray.get(next(stream)) for _ in range(20)]
+    push(engines, policy, models["a"])
+    *more, last = [ray.get(ref) for ref in stream]
+    assert "".join(pieces + more) == last.texts[0] and last.weight_version == version + 1
+    old, new, paused = hugging_face(models["b"]), hugging_face(models["a"]), 0
+    for summary, group in zip(ray.get(summaries, timeout=60), ray.get(tokens)):
+        for item, length in enumerate(summary.response_lengths):
+            by_new = logprob_errors(new, group, item, excluded=[EOS]) <= TOLERANCE
+            switch = length - int(by_new[::-1].cumprod().sum())  # the first of the tokens that the new weights explain to the end
+            assert (logprob_errors(old, group, item, excluded=[EOS])[:switch] <= TOLERANCE).all()
+            paused += 0 < switch < length
+            assert summary.weight_version == version + 1 or switch == length
+    assert paused == 16
+    assert logprob_error(new, list(engines.generate(prompts, n=2))) <= TOLERANCE
+
+
+def test_what_waits_for_the_rest_of_its_batch_starts_with_the_weights_of_then(engines, policy, models) -> None:
+    waiting = ask(engines, some_prompts(2), Batch(-4, 4))
     assert ray.wait([waiting], timeout=0.5)[0] == []
-    push(engines, policy, models["b"])
-    with pytest.raises(RuntimeError, match=f"request dropped: version {engines.version} was pushed"):
+    push(engines, policy, models["a"])
+    rest = ask(engines, some_prompts(2, first=2), Batch(-4, 4))
+    versions = {summary.weight_version for summaries in ray.get([waiting, rest], timeout=60) for summary in summaries}
+    assert versions == {engines.version}
+
+
+def test_a_push_that_fails_drops_what_it_paused(engines, policy, models) -> None:
+    waiting = ask(engines, some_prompts(2), Batch(-5, 4))
+    with pytest.raises(RankFailure):
+        push(engines, policy, models["a"], "missing")
+    with pytest.raises(RuntimeError, match=f"request dropped: the push of version {engines.version} failed"):
         ray.get(waiting, timeout=60)
 
 

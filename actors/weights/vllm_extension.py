@@ -46,7 +46,6 @@ class WorkerExtension(LogprobRecorder):
         """Open the model's layers for loading; an unfinished push before it is closed first."""
         if self._loading:
             self.finish_weights(tied=False)
-        self.forget_logprobs()
         if self.device.type == "cpu":
             _repack_experts(self.model_runner.model)
             with set_current_vllm_config(self.vllm_config):

@@ -28,6 +28,7 @@ def greedy(rollout: RolloutEngines, prompts) -> dict[int, list[list[int]]]:
 def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, work, taught, tmp_path, mode, engines):
     options = {"lr": 1e-3, "lr_decay_style": "constant", "min_lr": 0}
     options |= {"rollout.num_engines": engines, "rollout.engines_per_device": engines}
+    options |= {"vllm_max_num_seqs": 64}  # groups come out while others are sampled
     words = demo("rlhf", taught, work, "unused", vllm_mode=mode, deterministic="true", **options)
     config = load_config(list(map(str, words)))
     with Cluster(config, policy_ranks=1, num_engines=engines) as cluster:
@@ -37,10 +38,16 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
         rollout.push(policy)
         prompts = roles.data.next_batch(64)
         before = greedy(rollout, prompts)
-        groups = list(rollout.generate(prompts, n=8))
+        generated = rollout.generate(prompts, n=8)
+        groups = [next(generated)]
+        if mode == "server":  # what is being sampled is paused, and goes on
+            rollout.push(policy)
+        groups += generated
+        assert {group.weight_version for group in groups} == ({1, 2} if mode == "server" else {1})
         advantages = [[1.0, -1.0] * 4 for _ in groups]
         for shards in group_shards(groups, advantages, config, data_size=1, seed=0):
-            policy.on_shards("train_step", shards, grpo_loss_of(config), None, None)
+            (metrics, *_) = policy.on_shards("train_step", shards, grpo_loss_of(config), None, None)
+            assert metrics["rollout_train_logprob_diff"] <= 0.03
         policy.on_all("save", str(tmp_path), 1)
         rollout.push(policy)
         after = greedy(rollout, prompts)
