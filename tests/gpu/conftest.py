@@ -1,4 +1,7 @@
-"""What needs a CUDA device: `make test-gpu`. On a machine with one card, two places share it and NCCL talks over sockets."""
+"""What needs a CUDA device: `make test-gpu`. With one card, two places share it and NCCL talks over sockets.
+
+One card: of the machine, or of those that CUDA_VISIBLE_DEVICES names.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,17 @@ def gpu_ray() -> str:
     """The address of a Ray with two GPU places."""
     import ray
 
-    paths = [str(ROOT), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths, card = [str(ROOT), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")], {}
     if find_devices().gpus < PLACES:
         paths.insert(0, str(HERE / "one_card"))
         os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+        if visible := os.environ.pop("CUDA_VISIBLE_DEVICES", None):  # Ray would refuse more places than devices it names
+            card = {"CUDA_VISIBLE_DEVICES": visible}
+            os.environ["ONE_CARD"] = visible
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # also of the commands that join this Ray
     environment = {"PYTHONPATH": os.environ["PYTHONPATH"], "PYTHONWARNINGS": "ignore"}
     start_ray(address="local", num_gpus=PLACES, log_to_driver=False, runtime_env={"env_vars": environment})
+    os.environ.update(card)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
