@@ -125,10 +125,14 @@ class PolicyHost:
         if self.held is not None:
             vars(self.held).clear()  # it came before its imports, so no collection would look at it
         self.held = None
-        for function in gc.get_objects():  # Megatron's hooks are held by what they hold, past C++, where no collection looks
-            if isinstance(function, FunctionType) and function.__qualname__ == GRADIENT_HOOK:
-                for cell in function.__closure__:
+        from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+        for held in gc.get_objects():  # what Megatron's models hold past C++, where no collection looks
+            if isinstance(held, FunctionType) and held.__qualname__ == GRADIENT_HOOK:
+                for cell in held.__closure__:
                     del cell.cell_contents
+            elif issubclass(type(held), MoETokenDispatcher):
+                vars(held).clear()  # probabilities of the last micro batch: their graph holds the model and its groups
         import torch.distributed as dist
         from megatron.core import parallel_state
 
@@ -136,8 +140,10 @@ class PolicyHost:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
         from mcore_bridge.bridge import gpt_bridge
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+        RotaryEmbedding.forward.cache_clear()  # by module, and a module holds a group
         gpt_bridge.EP_PP_GROUP = None  # mcore-bridge makes one for the life of a process
         get_moe_layer_wise_logging_tracker().clear()  # it has as many layers as the first model
         for name in ("FLASH", "FUSED", "UNFUSED"):
