@@ -12,7 +12,7 @@ USERS = set()  # files with tests that use `hosts`
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """What uses `hosts` comes first: threads that ended ranks leave in them would slow all that follows."""
+    """What uses `hosts` comes first: beside all that follows these processes would only take memory, and time for threads."""
     USERS.update(item.path for item in items if "hosts" in item.fixturenames)
     items.sort(key=lambda item: item.path not in USERS)
 

@@ -128,7 +128,7 @@ class PolicyHost:
         from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
         for held in gc.get_objects():  # what Megatron's models hold past C++, where no collection looks
-            if isinstance(held, FunctionType) and held.__qualname__ == GRADIENT_HOOK:
+            if type(held) is FunctionType and held.__qualname__ == GRADIENT_HOOK:
                 for cell in held.__closure__:
                     del cell.cell_contents
             elif issubclass(type(held), MoETokenDispatcher):

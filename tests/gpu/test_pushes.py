@@ -45,9 +45,9 @@ def test_greedy_answers_are_those_of_an_engine_that_loads_the_weights(gpu_ray, w
         groups += generated
         assert {group.weight_version for group in groups} == ({1, 2} if mode == "server" else {1})
         advantages = [[1.0, -1.0] * 4 for _ in groups]
-        for shards in group_shards(groups, advantages, config, data_size=1, seed=0):
-            (metrics, *_) = policy.on_shards("train_step", shards, grpo_loss_of(config), None, None)
-            assert metrics["rollout_train_logprob_diff"] <= 0.03
+        loss, batches = grpo_loss_of(config), group_shards(groups, advantages, config, data_size=1, seed=0)
+        first, *_ = [policy.on_shards("train_step", shards, loss, None, None)[0] for shards in batches]
+        assert first["rollout_train_logprob_diff"] <= 0.03
         policy.on_all("save", str(tmp_path), 1)
         rollout.push(policy)
         after = greedy(rollout, prompts)

@@ -12,10 +12,8 @@ from statistics import fmean
 import command
 import psutil
 import pytest
+from cards import NEEDS_TWO, gpu_gib, wait_until_free
 from demo_command import demo
-from gpu_memory import gpu_gib, wait_until_free
-
-from rlhf.devices import find_devices
 
 GENERATIONS = 60
 NOT_REPEATED = re.compile("seconds|tokens_per_second|.*gpu_gib.*")
@@ -79,6 +77,7 @@ def test_offloading_and_resuming_change_nothing(gpu_ray, work, taught):
     assert weights[0] == weights[1]
 
 
+@NEEDS_TWO
 def test_tensor_parallel_ranks_push_to_an_engine_each(gpu_ray, work, taught):
     """TP2 with a reference, and two engines; with and without offloading, bit for bit."""
     options = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true", "beta": 0.04}
@@ -96,7 +95,7 @@ def test_tensor_parallel_ranks_push_to_an_engine_each(gpu_ray, work, taught):
     assert runs[0][-1]["kl"] > 1e-4
 
 
-@pytest.mark.skipif(find_devices().gpus < 2, reason="an engine over two devices needs two")
+@NEEDS_TWO
 def test_an_engine_over_two_gpus_takes_turns_with_tensor_parallel_ranks(gpu_ray, work, taught):
     """Its workers, each on its own GPU, read every bucket on the GPU of the rank that pushes."""
     options = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "vllm_tensor_parallel_size": 2, "train_iters": 16}

@@ -11,8 +11,8 @@ import time
 import command
 import psutil
 import pytest
+from cards import gpu_gib, wait_until_free
 from demo_command import demo
-from gpu_memory import gpu_gib, wait_until_free
 
 TIMEOUT = 60  # seconds: of a call to ranks or engines
 FILL = """

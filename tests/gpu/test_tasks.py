@@ -9,6 +9,7 @@ from statistics import fmean
 
 import command
 import pytest
+from cards import NEEDS_TWO
 from demo_command import DEMO, demo
 from tasks import METRIC, VARIABLES, make_data
 from tiny import make_tiny_moe
@@ -49,7 +50,7 @@ def test_a_task_reaches_its_held_out_figure(gpu_ray, work, monkeypatch, task):
     assert last >= max(LEARNT[task], first + 0.2)
 
 
-@pytest.mark.parametrize("teacher", ["megatron", "vllm"])
+@pytest.mark.parametrize("teacher", ["megatron", pytest.param("vllm", marks=NEEDS_TWO)])
 def test_distillation_halves_the_divergence(gpu_ray, work, taught, teacher):
     """From a random model, half of the steps on own responses: policy, teacher and engine by turns on one GPU.
 

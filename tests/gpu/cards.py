@@ -1,4 +1,4 @@
-"""What is in use on the GPUs, whoever uses it."""
+"""How many GPUs there are, and what is in use on them, whoever uses it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import subprocess
 import time
 
+import pytest
+
+from rlhf.devices import find_devices
+
+NEEDS_TWO = pytest.mark.skipif(find_devices().gpus < 2, reason="engines that take what is free of a GPU each need one each")
 MARGIN = 0.2  # GiB that come and go by themselves
 
 
