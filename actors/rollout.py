@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +198,7 @@ class RolloutEngine:
         await seat.take()
 
     async def receive_bucket(self, bucket: Bucket) -> None:
-        """Load one bucket; PushError, and the end of this push and of unfinished requests, when anything about it is wrong."""
+        """Load one bucket; PushError, and the end of this push, when anything about it is wrong."""
         if workers := len(self.thread.workers.processes):
             data, _kept = await for_workers(bucket.payload, self.index, workers)  # kept until this returns
         else:
@@ -208,9 +207,12 @@ class RolloutEngine:
 
         def load() -> None:
             with self.progress.doing(f"loading bucket {bucket.index} of version {bucket.version}"):
-                with self._ending_if_it_fails(bucket.version):
+                try:
                     names = self.ledger.admit(bucket)
                     self.thread.workers.call("load_bucket", bare, data, names)
+                except Exception:
+                    self.ledger.fail()
+                    raise
 
         await self.thread.call(load)
 
@@ -221,7 +223,7 @@ class RolloutEngine:
         """
 
         def finish() -> tuple[int, int]:
-            with self.progress.doing(f"finishing the push of version {version}"), self._ending_if_it_fails(version):
+            with self.progress.doing(f"finishing the push of version {version}"):
                 count = self.ledger.finish(version, names)
                 self.thread.workers.call("finish_weights", self.ledger.tensors.tied)
                 self.thread.resume()
@@ -229,6 +231,11 @@ class RolloutEngine:
                 return version, count
 
         return await self.thread.call(finish)
+
+    async def give_up_push(self, version: int) -> None:
+        """The push of `version` failed: drop what waits for it. Nothing if it came to its end here, or never began."""
+        if self.built.is_set() and self.acknowledged is None:
+            await self.thread.call(lambda: self._drop(f"the push of version {version} failed"))
 
     async def peak_gib(self) -> float | None:
         """See `device_memory.peak_gib`; of the fullest of the engine's devices."""
@@ -249,17 +256,6 @@ class RolloutEngine:
         """In the thread: answer for no version, and drop every request."""
         self.acknowledged = None
         self.thread.abort(PushError(f"request dropped: {reason}"))
-        self.thread.workers.call("forget_logprobs")
-
-    @contextmanager
-    def _ending_if_it_fails(self, version: int) -> Iterator[None]:
-        """In the thread: a push that something is wrong with is over, and what it paused has no weights to go on with."""
-        try:
-            yield
-        except Exception:
-            self.ledger.fail()
-            self._drop(f"the push of version {version} failed")
-            raise
 
     def _require(self, version: int) -> None:
         if version != self.acknowledged:

@@ -118,9 +118,11 @@ class StepThread:
         core = self.engine.engine_core.engine_core
         if core.batch_queue:
             core.pause_scheduler(mode="keep", clear_cache=False)
-            while core.batch_queue and self._step():
-                pass
-            core.resume_scheduler()  # vLLM would take a paused engine for one that sleeps
+            try:
+                while core.batch_queue and self._step():
+                    pass
+            finally:
+                core.resume_scheduler()  # vLLM would take a paused engine for one that sleeps
         self.paused = True
 
     def resume(self) -> None:
@@ -136,6 +138,7 @@ class StepThread:
         if self.pending:
             self._deliver([(request.done, None, error) for request in self.pending.values()])
             self.engine.abort_request(list(self.pending))
+            self.workers.call("forget_logprobs")
             self.pending.clear()
 
     def _run(self, built: asyncio.Future) -> None:

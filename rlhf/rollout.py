@@ -91,11 +91,17 @@ class RolloutEngines:
     def push(self, policy: ActorGroup) -> PushReport:
         """Give every engine the policy's weights as the next version, verified.
 
-        An engine with a GPU of its own pauses what it is sampling, and goes on with the new weights; by turns that is lost.
+        An engine with a GPU of its own pauses what it is sampling, and goes on with the new weights. By turns that is lost, and
+        so it is when the push fails.
         """
         self.policy, self.gpu_gib = policy, None
         self.version += 1
-        self._push_to_all()
+        try:
+            self._push_to_all()
+        except Exception:
+            for engine in self.engines:
+                engine.give_up_push.remote(self.version)
+            raise
         self.deaths = 0
         return self.last_push
 

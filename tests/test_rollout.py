@@ -584,12 +584,24 @@ def test_what_waits_for_the_rest_of_its_batch_starts_with_the_weights_of_then(en
     assert versions == {engines.version}
 
 
-def test_a_push_that_fails_drops_what_it_paused(engines, policy, models) -> None:
-    waiting = ask(engines, some_prompts(2), Batch(-5, 4))
+@pytest.mark.parametrize("tamper", ["missing", "nan"])  # seen by the engine, by the sender
+def test_a_push_that_fails_drops_what_it_paused(engines, policy, models, tamper) -> None:
+    engine, limit = engines.engines[0], {"max_completion_length": 300, "excluded_ids": [EOS]}
+    prompts = some_prompts(4)
+    running = engine.generate.options(num_returns=5).remote(
+        range(4), [prompt.token_ids for prompt in prompts], 2, engines.version, Batch(-5, 4), limit
+    )[0]
+    stream = engine.stream.options(num_returns="streaming").remote(prompts[0].token_ids, engines.version, limit)
+    ray.get(next(stream))
     with pytest.raises(RankFailure):
-        push(engines, policy, models["a"], "missing")
-    with pytest.raises(RuntimeError, match=f"request dropped: the push of version {engines.version} failed"):
-        ray.get(waiting, timeout=60)
+        push(engines, policy, models["a"], tamper)
+    dropped = f"request dropped: the push of version {engines.version} failed"
+    with pytest.raises(RuntimeError, match=dropped):
+        ray.get(running, timeout=60)
+    with pytest.raises(RuntimeError, match=dropped):
+        _ = [ray.get(ref) for ref in stream]
+    push(engines, policy, models["a"])
+    assert logprob_error(hugging_face(models["a"]), list(engines.generate(prompts, n=2))) <= TOLERANCE
 
 
 def test_prompts_go_to_the_engine_that_has_room(engines, models, monkeypatch) -> None:
