@@ -9,6 +9,7 @@ from tests.policy_ranks import hugging_face, largest_difference, nll_loss, polic
 from tests.row_batch import SPLITS, TP2_SP, hf_logprobs, weights_of
 
 SMALL_BUCKETS = {"bucket_size": 20000}  # parameters: about a tenth of the model
+ROUNDING = 5e-6  # of logprobs down to -7, when sums are taken in another order: 1.4e-6 was seen on an AMD EPYC
 WHOLE = {"tuner_type": "lora", "lr": 1e-2, "modules_to_save": ["word_embeddings", "output_layer"]}
 
 
@@ -35,7 +36,7 @@ def test_overlapping_changes_no_number(hosts, model, source, rows, tmp_path, opt
     (plain, logprobs), (other, logprobs_again) = results
     for step, again in zip(plain, other):
         assert again == pytest.approx(step, rel=1e-6)
-    assert largest_difference(logprobs, logprobs_again) <= 1e-6
+    assert largest_difference(logprobs, logprobs_again) <= ROUNDING
     merged = "merged" if "tuner_type" in options else "."
     for number in "23":
         a, b = (weights_of(tmp_path / name / number / merged) for name in ("plain", "overlapped"))
