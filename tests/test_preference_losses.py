@@ -151,9 +151,7 @@ def test_f_divergences_equal_those_of_trl(loss_type, divergence):
 )
 def test_coefficients_mean_what_they_mean_in_trl(loss_type, options):
     logits = policy_logits(scale=0.2).detach()
-    if (
-        "f_divergence_type" in options
-    ):  # TRL has no float64 for it; discopop's temperature makes float32's rounding 50 times as large
+    if "f_divergence_type" in options:  # TRL has no float64 for these; discopop's temperature enlarges float32's rounding
         logits = logits.float()
     logits.requires_grad_()
     theirs, _ = trl_dpo(logits, loss_type, **options)
