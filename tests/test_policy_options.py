@@ -8,8 +8,8 @@ import pytest
 from tests.policy_ranks import hugging_face, largest_difference, nll_loss, policy_config, shards_of
 from tests.row_batch import SPLITS, TP2_SP, hf_logprobs, weights_of
 
+NO_CLIPPING = {"clip_grad": 1e6}  # the norm sums in the order of the buckets, and its rounding would be in every update
 SMALL_BUCKETS = {"bucket_size": 20000}  # parameters: about a tenth of the model
-ROUNDING = 5e-6  # of logprobs down to -7, when sums are taken in another order: 1.4e-6 was seen on an AMD EPYC
 WHOLE = {"tuner_type": "lora", "lr": 1e-2, "modules_to_save": ["word_embeddings", "output_layer"]}
 
 
@@ -25,7 +25,7 @@ def test_overlapping_changes_no_number(hosts, model, source, rows, tmp_path, opt
     """Three steps on two data ranks, two micro batches each, in several buckets; logprobs and checkpoints right after updates."""
     results = []
     for name, extra in (("plain", {}), ("overlapped", overlapped | {"megatron": SMALL_BUCKETS})):
-        group = hosts.start(policy_config(model, **options, **extra), 2)
+        group = hosts.start(policy_config(model, **NO_CLIPPING, **options, **extra), 2)
         shards = shards_of(rows, source, SPLITS[2])
         steps = [group.train_step(shards, nll_loss) for _ in range(2)]
         group.call("save", str(tmp_path / name / "2"), 2)
@@ -36,7 +36,7 @@ def test_overlapping_changes_no_number(hosts, model, source, rows, tmp_path, opt
     (plain, logprobs), (other, logprobs_again) = results
     for step, again in zip(plain, other):
         assert again == pytest.approx(step, rel=1e-6)
-    assert largest_difference(logprobs, logprobs_again) <= ROUNDING
+    assert largest_difference(logprobs, logprobs_again) <= 1e-6
     merged = "merged" if "tuner_type" in options else "."
     for number in "23":
         a, b = (weights_of(tmp_path / name / number / merged) for name in ("plain", "overlapped"))
