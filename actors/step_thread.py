@@ -127,8 +127,7 @@ class StepThread:
 
     def resume(self) -> None:
         """In the thread: go on, with what weights there are now. Requests are read again to where they are: no cache is kept."""
-        if not self.engine.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("vLLM could not reset the prefix cache of the old weights")
+        self.engine.reset_prefix_cache(reset_running_requests=True)  # raises when it cannot
         self.paused = False
 
     def abort(self, error: Exception) -> None:
