@@ -113,7 +113,6 @@ class PolicyHost:
         from actors.frozen import Frozen
         from actors.policy import Policy
 
-        self.stop()
         kinds = {"Policy": Policy, "Frozen": Frozen, "Exporter": Exporter}
         self.held = kinds[kind](config, rank=rank, world_size=world_size, **({} if role is None else {"role": role}))
 
@@ -192,6 +191,7 @@ class Hosts:
         """`frozen`: the role of ranks that only score, reference or teacher."""
         import ray
 
+        ray.get([actor.stop.remote() for actor in self.actors], timeout=120)  # NCCL leaves a group when all of it do
         used = self.actors[:size]
         ray.get([actor.start.remote(config, rank, size, "Frozen" if frozen else kind, frozen) for rank, actor in enumerate(used)])
         master = ray.get(used[0].call.remote("node_address"))
