@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ import ray
 from rlhf.records import RankInfo, Shard
 
 FIRST_NEWS = 60.0  # seconds
+END_SECONDS = 5.0  # for calls that fail at once
 
 
 class RankFailure(RuntimeError):
@@ -256,3 +258,11 @@ class EngineGroup(ActorGroup):
 def first_line(error: Exception) -> str:
     """What an error says first."""
     return str(error).strip().split("\n")[0]
+
+
+def take_errors(refs: list[ray.ObjectRef]) -> None:
+    """Of calls whose answers nobody waits for: Ray prints an error that was not asked for, with its traceback."""
+    ended, _ = ray.wait(refs, num_returns=len(refs), timeout=END_SECONDS, fetch_local=False)
+    for ref in ended:
+        with suppress(ray.exceptions.RayError):
+            ray.get(ref)

@@ -143,8 +143,8 @@ class RolloutEngine:
         `indices` are the prompts' places in the run's order. `sampling` overrides the config's sampling options (see
         `sampling.OPTIONS`), and names "excluded_ids". The token that ends a response is part of it. Nothing starts before
         all prompts of `batch` are here; they then start between the same two steps, in the order of their indices.
-        A push meanwhile only pauses them: what is sampled after it is by the new weights, as the group's version tells.
-        PushError when the engine does not hold `version` at first.
+        A push meanwhile pauses them: what is sampled after it is by the new weights, as the group's version tells. PushError
+        when the engine does not hold `version` at first, and when requests are dropped: by a push that fails, or to sleep.
         """
         self._require(version)
         requests = []
@@ -233,9 +233,14 @@ class RolloutEngine:
         return await self.thread.call(finish)
 
     async def give_up_push(self, version: int) -> None:
-        """The push of `version` failed: drop what waits for it. Nothing if it came to its end here, or never began."""
-        if self.built.is_set() and self.acknowledged is None:
-            await self.thread.call(lambda: self._drop(f"the push of version {version} failed"))
+        """The push of `version` failed: refuse the rest of it, drop what waits for it. Nothing if it came to its end here."""
+
+        def give_up() -> None:
+            if self.ledger.give_up(version) and self.acknowledged is None:
+                self._drop(f"the push of version {version} failed")
+
+        if self.built.is_set():
+            await self.thread.call(give_up)
 
     async def peak_gib(self) -> float | None:
         """See `device_memory.peak_gib`; of the fullest of the engine's devices."""
@@ -249,13 +254,15 @@ class RolloutEngine:
     async def report(self) -> str:
         """What the engine is doing now."""
         holds = "no complete weights" if self.acknowledged is None else f"version {self.acknowledged}"
+        if self.thread is not None and self.thread.paused:
+            holds += f", paused by the push of version {self.ledger.latest}"
         pending = 0 if self.thread is None else self.thread.num_pending
         return f"{self.progress.report()}; {holds}, {pending} prompts pending, pid {os.getpid()}"
 
     def _drop(self, reason: str) -> None:
         """In the thread: answer for no version, and drop every request."""
         self.acknowledged = None
-        self.thread.abort(PushError(f"request dropped: {reason}"))
+        self.thread.close(PushError(f"request dropped: {reason}"))
 
     def _require(self, version: int) -> None:
         if version != self.acknowledged:

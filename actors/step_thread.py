@@ -55,6 +55,7 @@ class StepThread:
         self.held: dict[int, list[Held]] = defaultdict(list)  # by batch id
         self.ids = itertools.count()
         self.paused = False
+        self.closed: Exception | None = None  # what every new request gets, until `resume`
         self.engine: LLMEngine
         self.workers: EngineWorkers
 
@@ -97,6 +98,8 @@ class StepThread:
 
         def add() -> None:
             try:
+                if self.closed is not None:
+                    raise self.closed
                 prompt = {"prompt_token_ids": prompt_ids}
                 name = self.engine.add_request(request_id, prompt, params, lora_request=adapter)
                 self.pending[request_id] = Pending(done, partial(finish, name), watch)
@@ -109,14 +112,14 @@ class StepThread:
         """In the thread: add them, in the order of their prompts, as soon as the whole batch is here."""
         held = self.held[batch.id]
         held += requests
-        if len(held) >= batch.size:
+        if len(held) >= batch.size or self.closed is not None:
             for request in sorted(self.held.pop(batch.id), key=lambda request: request.index):
                 request.add()
 
     def pause(self) -> None:
         """In the thread: no step from now on, once what is being computed has come out. Requests stay, and may be added."""
         core = self.engine.engine_core.engine_core
-        if core.batch_queue:
+        if self.pending and core.batch_queue:  # an engine that has slept has neither requests nor all of its memory
             core.pause_scheduler(mode="keep", clear_cache=False)
             try:
                 while core.batch_queue and self._step():
@@ -128,17 +131,23 @@ class StepThread:
     def resume(self) -> None:
         """In the thread: go on, with what weights there are now. Requests are read again to where they are: no cache is kept."""
         self.engine.reset_prefix_cache(reset_running_requests=True)  # raises when it cannot
-        self.paused = False
+        self.paused, self.closed = False, None
 
-    def abort(self, error: Exception) -> None:
-        """In the thread: drop every request, held ones too; whoever waits for one gets `error`."""
-        self._deliver([(request.done, None, error) for batch in self.held.values() for request in batch])
+    def close(self, error: Exception) -> None:
+        """In the thread: drop every request, and those on their way here too, until `resume`."""
+        self.paused, self.closed = False, error
+        self._abort(error)
+
+    def _abort(self, error: Exception) -> None:
+        """Drop every request, held ones too; whoever waits for one gets `error`."""
+        lost = [request for batch in self.held.values() for request in batch] + list(self.pending.values())
+        names = list(self.pending)
         self.held.clear()
-        if self.pending:
-            self._deliver([(request.done, None, error) for request in self.pending.values()])
-            self.engine.abort_request(list(self.pending))
+        self.pending.clear()
+        self._deliver([(request.done, None, error) for request in lost])
+        if names:
+            self.engine.abort_request(names)
             self.workers.call("forget_logprobs")
-            self.pending.clear()
 
     def _run(self, built: asyncio.Future) -> None:
         """The thread. What it did not foresee ends the process, which is then replaced: its callers would wait for nobody."""
@@ -177,7 +186,7 @@ class StepThread:
             outputs = self.engine.step()
         except Exception as error:  # goes to the caller
             self.workers.require_alive()
-            self.abort(error)
+            self._abort(error)
             return False
         for output in outputs:
             if watch := self.pending[output.request_id].watch:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray.exceptions import RayActorError
 
-from actors.group import LongWait
+from actors.group import LongWait, take_errors
 from rlhf.counts import most_at_a_time
 from rlhf.records import Batch, Group, Prompt
 
@@ -111,10 +111,12 @@ class Generation:
     def _recover(self, lost: Call, error: RayActorError) -> None:
         """A new engine, and the lost requests again: on shared GPUs all, since every engine sleeps until the new one is there."""
         indices = range(len(self.owner.engines)) if self.owner.neighbours else [lost.index]
-        prompts = [prompt for call in self.calls.values() if call.index in indices for prompt in call.prompts]
+        ended = {ref: call for ref, call in self.calls.items() if call.index in indices}
+        prompts = [prompt for call in ended.values() for prompt in call.prompts]
         self.calls = {ref: call for ref, call in self.calls.items() if call.index not in indices}
         if lost.engine is self.owner.engines[lost.index]:  # not replaced already, by a push to another one's successor
             self.owner.replace(lost.index, str(lost), error)
+        take_errors([ref for summaries, call in ended.items() for ref in (summaries, *call.tokens)])
         if self.owner.config.deterministic:
             for index in indices:
                 self._submit_share(index)

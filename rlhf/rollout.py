@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.group import ActorGroup, LongWait, RankFailure, first_line
+from actors.group import ActorGroup, LongWait, RankFailure, first_line, take_errors
 from actors.weights.ledger import PushError
 from rlhf.generation import Generation
 from rlhf.records import Group, GroupSummary, Prompt, PushReport
@@ -99,8 +99,7 @@ class RolloutEngines:
         try:
             self._push_to_all()
         except Exception:
-            for engine in self.engines:
-                engine.give_up_push.remote(self.version)
+            take_errors([engine.give_up_push.remote(self.version) for engine in self.engines])
             raise
         self.deaths = 0
         return self.last_push

@@ -6,11 +6,13 @@ The expected numbers come from Hugging Face's model in float32 on the same token
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from tiny import make_tiny_model
 import rlhf.generation
 from actors.group import ActorGroup, RankFailure
 from actors.rollout import ENVIRONMENT, RolloutEngine
+from actors.weights.ledger import PushError
 from rlhf.config import Config, RolloutRole
 from rlhf.error_origin import is_ours_in_actor
 from rlhf.records import Batch, Group, GroupTokens, Prompt
@@ -152,6 +155,11 @@ def push(engines: RolloutEngines, policy: ActorGroup, folder: Path, tamper: str 
     return engines.push(policy)
 
 
+def forget(engines: RolloutEngines) -> None:
+    """Drop what a generation that failed left in the engines."""
+    ray.get([engine.serve.remote(engines.config) for engine in engines.engines])
+
+
 def one_of(engines: RolloutEngines, index: int) -> RolloutEngines:
     """The same engines as if there were only this one."""
     view = copy.copy(engines)
@@ -250,8 +258,9 @@ def test_an_engine_that_dies_in_a_push_by_turns_is_replaced_with_the_others(by_t
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_an_engine_that_dies_generating_by_turns_costs_the_others_their_requests(
-    by_turns, policy, models, monkeypatch, deterministic
+    by_turns, policy, models, monkeypatch, caplog, deterministic
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
     monkeypatch.setattr(by_turns, "config", replace(by_turns.config, deterministic=deterministic))
     by_turns.make_room(policy)
     push(by_turns, policy, models["a"])
@@ -261,6 +270,7 @@ def test_an_engine_that_dies_generating_by_turns_costs_the_others_their_requests
     groups = [first, *groups]
     assert sorted(group.prompt.index for group in groups) == list(range(200))
     assert by_turns.restarts == before + 1
+    assert "Unhandled error" not in caplog.text  # Ray's, of a lost request
     assert logprob_error(hugging_face(models["a"]), groups[:20] + groups[-20:]) <= TOLERANCE
 
 
@@ -332,6 +342,22 @@ def test_an_engine_whose_thread_fails_ends_instead_of_leaving_its_callers_waitin
     engine.fail.remote()
     with pytest.raises(ActorDiedError):
         ray.get(engine.peak_gib.remote(), timeout=30)
+
+
+def test_a_request_that_comes_to_the_thread_after_a_drop_is_dropped_too(local_ray, models) -> None:
+    class Overtaken(RolloutEngine):
+        def _request(self, *arguments):
+            self.thread.post(lambda: self._drop("the engine was put to sleep"))
+            return super()._request(*arguments)
+
+    kind = ray.remote(max_concurrency=1000)(Overtaken).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
+    engine = kind.remote(settings(models["a"]), index=0, load_weights=True)
+    ray.get(engine.setup.remote())
+    asked = engine.generate.options(num_returns=2).remote([0], [some_prompts(1)[0].token_ids], 1, 0, Batch(0, 2))[0]
+    with pytest.raises(PushError, match="request dropped: the engine was put to sleep"):
+        ray.get(asked, timeout=30)
+    assert "no complete weights, 0 prompts pending" in ray.get(engine.report.remote())
+    ray.kill(engine)
 
 
 @pytest.fixture
@@ -490,6 +516,7 @@ def test_weights_go_over_a_group_that_lasts_until_a_push_fails(engines, broadcas
 def test_an_engine_that_does_not_answer_a_push_is_named_with_the_option(engines, policy, models) -> None:
     pid = engine_pid(engines, 1)
     policy.broadcast("push", models["a"], "", 3.0)
+    asked = ask(one_of(engines, 1), some_prompts(2), Batch(-6, 2), max_completion_length=300)
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(RankFailure) as caught:
@@ -500,6 +527,8 @@ def test_an_engine_that_does_not_answer_a_push_is_named_with_the_option(engines,
         f"the weights of version {engines.version} were not pushed: rollout engine 1 did not answer `begin_push` of version "
         f"{engines.version} in push_timeout (3 s)"
     )
+    with suppress(PushError):  # dropped, when the push began before it was given up
+        assert len(ray.get(asked, timeout=30)) == 2
     push(engines, policy, models["b"])
     assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
 
@@ -536,11 +565,11 @@ def test_the_same_requests_give_the_same_bits_whatever_the_engine_did_before(eng
     assert len(set(responses)) == len(responses)  # every response has a seed of its own
 
 
-def ask(engines: RolloutEngines, prompts: list[Prompt], batch: Batch) -> ray.ObjectRef:
+def ask(engines: RolloutEngines, prompts: list[Prompt], batch: Batch, *, max_completion_length: int = 4) -> ray.ObjectRef:
     """One call of the first engine; its prompts' summaries."""
     options = engines.engines[0].generate.options(num_returns=len(prompts) + 1)
     indices, ids = [prompt.index for prompt in prompts], [prompt.token_ids for prompt in prompts]
-    return options.remote(indices, ids, 1, engines.version, batch, {"max_completion_length": 4})[0]
+    return options.remote(indices, ids, 1, engines.version, batch, {"max_completion_length": max_completion_length})[0]
 
 
 def test_a_call_that_overtakes_an_earlier_batch_starts_neither_that_one_nor_waits_for_it(engines) -> None:
@@ -552,7 +581,8 @@ def test_a_call_that_overtakes_an_earlier_batch_starts_neither_that_one_nor_wait
     assert [len(summaries) for summaries in ray.get([first, second], timeout=60)] == [2, 2]
 
 
-def test_a_push_pauses_responses_and_the_rest_of_them_is_by_the_new_weights(engines, policy, models) -> None:
+def check_that_a_push_pauses(engines: RolloutEngines, policy: ActorGroup, old: Path, new: Path) -> None:
+    """Over 16 responses and a stream of engine 0, which has the weights `old`: every token's logprob, before and after."""
     engine, version, limit = engines.engines[0], engines.version, {"max_completion_length": 300, "excluded_ids": [EOS]}
     prompts = some_prompts(8)
     summaries, *tokens = engine.generate.options(num_returns=9).remote(
@@ -560,19 +590,23 @@ def test_a_push_pauses_responses_and_the_rest_of_them_is_by_the_new_weights(engi
     )
     stream = engine.stream.options(num_returns="streaming").remote(prompts[0].token_ids, version, limit)
     pieces = [ray.get(next(stream)) for _ in range(20)]
-    push(engines, policy, models["a"])
+    push(engines, policy, new)
     *more, last = [ray.get(ref) for ref in stream]
     assert "".join(pieces + more) == last.texts[0] and last.weight_version == version + 1
-    old, new, paused = hugging_face(models["b"]), hugging_face(models["a"]), 0
+    by, paused = {folder: hugging_face(folder) for folder in (old, new)}, 0
     for summary, group in zip(ray.get(summaries, timeout=60), ray.get(tokens)):
         for item, length in enumerate(summary.response_lengths):
-            by_new = logprob_errors(new, group, item, excluded=[EOS]) <= TOLERANCE
+            by_new = logprob_errors(by[new], group, item, excluded=[EOS]) <= TOLERANCE
             switch = length - int(by_new[::-1].cumprod().sum())  # the first of the tokens that the new weights explain to the end
-            assert (logprob_errors(old, group, item, excluded=[EOS])[:switch] <= TOLERANCE).all()
+            assert (logprob_errors(by[old], group, item, excluded=[EOS])[:switch] <= TOLERANCE).all()
             paused += 0 < switch < length
             assert summary.weight_version == version + 1 or switch == length
     assert paused == 16
-    assert logprob_error(new, list(engines.generate(prompts, n=2))) <= TOLERANCE
+    assert logprob_error(by[new], list(engines.generate(prompts, n=2))) <= TOLERANCE
+
+
+def test_a_push_pauses_responses_and_the_rest_of_them_is_by_the_new_weights(engines, policy, models) -> None:
+    check_that_a_push_pauses(engines, policy, models["b"], models["a"])
 
 
 def test_what_waits_for_the_rest_of_its_batch_starts_with_the_weights_of_then(engines, policy, models) -> None:
@@ -617,7 +651,8 @@ def test_a_late_call_is_an_error_with_engine_call_and_last_report(engines, polic
         late = r"rollout engine [01] did not finish `generate\(prompts \d+ to \d+\)` within 2 s .*Last report: generating"
         with pytest.raises(RankFailure, match=late):
             list(engines.generate(some_prompts(200), n=8, sampling={"max_completion_length": 200}))
-    push(engines, policy, models["b"])  # ends what is left of those requests
+    forget(engines)
+    push(engines, policy, models["b"])
     assert logprob_error(hugging_face(models["b"]), list(engines.generate(some_prompts(4), n=2))) <= TOLERANCE
 
 
@@ -630,6 +665,7 @@ def test_a_dead_policy_is_noticed_while_groups_come_out(engines, models, monkeyp
     ray.kill(dead.actors[0])
     with pytest.raises(RankFailure, match="^policy rank 0 died: "):
         list(engines.generate(some_prompts(600), n=4))
+    forget(engines)
 
 
 def test_a_killed_engine_is_replaced_and_the_result_is_the_same(engines, models) -> None:

@@ -19,6 +19,7 @@ from test_rollout import (
     TOLERANCE,
     Sender,
     by_prompt,
+    check_that_a_push_pauses,
     hugging_face,
     logprob_error,
     one_of,
@@ -124,6 +125,11 @@ def test_a_damaged_bucket_is_refused_and_a_complete_push_heals(wide, policy, mod
         list(wide.generate(some_prompts(1), n=1))
     push(wide, policy, models["b"])
     assert logprob_error(hugging_face(models["b"]), list(wide.generate(some_prompts(4), n=2))) <= TOLERANCE
+
+
+def test_a_push_pauses_responses_of_two_devices(wide, policy, models) -> None:
+    push(wide, policy, models["b"])
+    check_that_a_push_pauses(wide, policy, models["b"], models["a"])
 
 
 def test_an_engine_that_slept_gets_the_weights_again_before_it_answers(wide, policy, models, monkeypatch) -> None:

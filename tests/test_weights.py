@@ -166,6 +166,19 @@ def test_parts_of_another_version_are_refused() -> None:
         record.admit(bucket(2, "a"))
 
 
+def test_what_comes_late_of_a_push_that_was_given_up_is_refused() -> None:
+    record = ledger("a")
+    assert not record.give_up(1)  # before its beginning came
+    with pytest.raises(PushError, match="version 1 refused: its sender has given it up"):
+        record.begin(1)
+    record.begin(2)
+    assert not record.give_up(1)  # once more, when the next one is there already
+    assert record.admit(bucket(2, "a")) == ["a"]
+    assert record.give_up(2)
+    with pytest.raises(PushError, match="no push is open"):
+        record.finish(2, ["a"])
+
+
 def test_buckets_hold_each_tensor_as_it_was_when_the_next_was_asked_for() -> None:
     """Odd sizes, several dtypes, one tensor larger than a bucket; a tensor's memory is used again for the next."""
     sizes = {33: torch.bfloat16, 5: torch.int64, 70: torch.float32, 1000: torch.float32, 201: torch.float32, 0: torch.float32}

@@ -19,11 +19,14 @@ class PushLedger:
     def __init__(self, tensors: CheckpointTensors):
         self.tensors = tensors
         self.latest: int | None = None  # the highest version ever begun
+        self.given_up = 0  # pushes up to this version are refused
         self.open: int | None = None  # the version now arriving
         self.received: set[str] = set()
 
     def begin(self, version: int) -> None:
-        """Open a push. A version may be sent again after a failed push; an older one is refused."""
+        """Open a push. A version may be sent again after a failed push, until it is given up; an older one is refused."""
+        if version <= self.given_up:
+            raise PushError(f"push of version {version} refused: its sender has given it up")
         if self.latest is not None and version < self.latest:
             raise PushError(f"push of version {version} refused: version {self.latest} has already been sent")
         self.latest, self.open, self.received = version, version, set()
@@ -56,6 +59,13 @@ class PushLedger:
     def fail(self) -> None:
         """Close a push that went wrong: its remaining buckets are refused."""
         self.open = None
+
+    def give_up(self, version: int) -> bool:
+        """Refuse what may still come of the push of `version`; whether it was the last one that began."""
+        self.given_up = max(self.given_up, version)
+        if self.open == version:
+            self.open = None
+        return self.latest == version
 
     def _check_version(self, version: int) -> None:
         if version != self.open:

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.devices import find_devices
 
-NEEDS_TWO = pytest.mark.skipif(find_devices().gpus < 2, reason="engines that take what is free of a GPU each need one each")
+NEEDS_TWO = pytest.mark.skipif(find_devices().gpus < 2, reason="needs two GPUs")
 MARGIN = 0.2  # GiB that come and go by themselves
 
 
