@@ -157,7 +157,8 @@ def push(engines: RolloutEngines, policy: ActorGroup, folder: Path, tamper: str 
 
 def forget(engines: RolloutEngines) -> None:
     """Drop what a generation that failed left in the engines."""
-    ray.get([engine.serve.remote(engines.config) for engine in engines.engines])
+    for engine in engines.engines:
+        ray.get(engine.serve.remote(ray.get(engine.offer.remote())))
 
 
 def one_of(engines: RolloutEngines, index: int) -> RolloutEngines:
