@@ -65,23 +65,27 @@ class EngineWorkers:
 def built_together() -> Iterator[None]:
     """While an engine is built: a worker that is killed ends this process, at once.
 
-    A worker that ends by itself has something to tell, such as too little memory: that is left to vLLM, which then ends the
-    others, some by a signal.
+    A worker that ends by itself has something to tell, such as too little memory: that is left to vLLM, which then ends all
+    of them, and kills those that take too long. From there on a killed worker says nothing.
     """
-    building, over = Building(), threading.Event()
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    def look_again_and_again() -> None:
-        while not over.wait(LOOK_SECONDS):
-            building.look()
+    building, end_all = Building(), MultiprocExecutor._ensure_worker_termination
 
-    threading.Thread(target=look_again_and_again, name="building", daemon=True).start()
+    def look_and_end_all(processes: list[BaseProcess]) -> None:
+        building.look_for_the_last_time()
+        end_all(processes)
+
+    threading.Thread(target=building.look_again_and_again, name="building", daemon=True).start()
+    MultiprocExecutor._ensure_worker_termination = staticmethod(look_and_end_all)
     try:
         yield
     except Exception:
-        building.look()
+        building.look_for_the_last_time()
         raise
     finally:
-        over.set()
+        building.over.set()
+        MultiprocExecutor._ensure_worker_termination = staticmethod(end_all)
 
 
 class Building:
@@ -90,11 +94,27 @@ class Building:
     def __init__(self) -> None:
         self.processes: set[BaseProcess] = set()
         self.failed = False  # one has ended by itself
+        self.over = threading.Event()
         self.lock = threading.Lock()
 
+    def look_again_and_again(self) -> None:
+        while not self.over.wait(LOOK_SECONDS):
+            self.look()
+
+    def look_for_the_last_time(self) -> None:
+        """When the building has failed: for the death of a worker, perhaps."""
+        if self.processes and not self.over.is_set():
+            sentinels = {process.sentinel: process for process in self.processes}
+            for sentinel in wait(list(sentinels), timeout=DEATH_SHOWS):
+                sentinels[sentinel].join(DEATH_SHOWS)  # its files are closed before its end shows
+        self.look()
+        self.over.set()
+
     def look(self) -> None:
-        """Does not return if a worker was killed before any had failed."""
+        """Does not return if a worker was killed before any had failed, and before vLLM ends them."""
         with self.lock:
+            if self.over.is_set():
+                return
             self.processes |= {process for process in active_children() if process.name.startswith(WORKER_NAME)}
             ended = [process.exitcode for process in self.processes if process.exitcode is not None]
             if not self.failed and any(code < 0 for code in ended):  # by a signal
