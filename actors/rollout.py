@@ -58,23 +58,30 @@ class RolloutEngine:
         """
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if config.vllm_enforce_eager:  # vLLM's sampler would still compile a function: tens of seconds
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it when it is imported
         self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
         self.offered = config
-        self.progress = Progress()
+        self.progress, self.importing = Progress(), asyncio.Lock()
         self.acknowledged: int | None = None  # the version this engine answers for
         self.thread: StepThread | None = None
         self.built = asyncio.Event()
         self.adapter: LoRARequest | None = None  # what every request asks for
 
     async def load_libraries(self) -> None:
-        """Import what takes long, while others use the GPU."""
-        await asyncio.to_thread(import_engine)
+        """Import what takes long, while others use the GPU; one call at a time, since another thread could see half of it."""
+
+        def load() -> None:
+            with self.progress.doing("importing vLLM"):
+                import_engine()
+
+        async with self.importing:
+            await asyncio.to_thread(load)
 
     async def setup(self) -> int:
         """Build the engine; the process id."""
-        if self.config.vllm_enforce_eager:
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler would still compile a function: tens of seconds
         require_model(self.config.model)
+        await self.load_libraries()
         self.ledger = PushLedger(checkpoint_tensors(self.config.model))
         arguments = self.config, self.index, self.load_weights, self.sleeps
         self.thread = StepThread(lambda: build_engine(*arguments), self.progress)

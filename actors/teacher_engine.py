@@ -38,6 +38,8 @@ class TeacherEngine:
     def __init__(self, config: Any):
         """`config`: the run's, of the student."""
         self.student, self.progress = config, Progress()
+        if config.vllm_enforce_eager:
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # see `RolloutEngine`
 
     def load_libraries(self) -> None:
         """Import what takes long, while the policy sets up."""
@@ -47,9 +49,8 @@ class TeacherEngine:
     def setup(self) -> None:
         """Build the engine with the weights in the teacher's folder."""
         config = teacher_config(self.student)
-        if config.vllm_enforce_eager:
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # see `RolloutEngine.setup`
         require_model(config.model)
+        self.load_libraries()
         with self.progress.doing("setup"), built_together():
             self.engine = build_engine(config, index=0, load_weights=True, sleeps=False)
             self.workers = EngineWorkers(self.engine)

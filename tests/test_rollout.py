@@ -339,7 +339,7 @@ def test_an_engine_whose_thread_fails_ends_instead_of_leaving_its_callers_waitin
 
     kind = ray.remote(max_concurrency=1000)(Failing).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
     engine = kind.remote(settings(models["a"]), index=0)
-    ray.get(engine.setup.remote())
+    ray.get([engine.load_libraries.remote(), engine.setup.remote()])  # both import vLLM: not at the same time
     engine.fail.remote()
     with pytest.raises(ActorDiedError):
         ray.get(engine.peak_gib.remote(), timeout=30)
