@@ -66,7 +66,7 @@ def built_together() -> Iterator[None]:
     """While an engine is built: a worker that is killed ends this process, at once.
 
     A worker that ends by itself has something to tell, such as too little memory: that is left to vLLM, which then ends all
-    of them, and kills those that take too long. From there on a killed worker says nothing.
+    of them, and kills those that take too long. From there on it means nothing that a worker was killed.
     """
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -102,25 +102,31 @@ class Building:
             self.look()
 
     def look_for_the_last_time(self) -> None:
-        """When the building has failed: for the death of a worker, perhaps."""
-        if self.processes and not self.over.is_set():
-            sentinels = {process.sentinel: process for process in self.processes}
-            for sentinel in wait(list(sentinels), timeout=DEATH_SHOWS):
-                sentinels[sentinel].join(DEATH_SHOWS)  # its files are closed before its end shows
-        self.look()
-        self.over.set()
+        """When the building has failed, perhaps since a worker was killed a moment ago: waits for its end to show."""
+        with self.lock:
+            if not self.over.is_set() and self._workers():
+                sentinels = {process.sentinel: process for process in self.processes}
+                for sentinel in wait(list(sentinels), timeout=DEATH_SHOWS):
+                    sentinels[sentinel].join(DEATH_SHOWS)  # its files are closed before its end shows
+                self._end_if_killed()
+            self.over.set()
 
     def look(self) -> None:
-        """Does not return if a worker was killed before any had failed, and before vLLM ends them."""
+        """Does not return if a worker was killed, unless one had failed before or vLLM has begun to end them."""
         with self.lock:
-            if self.over.is_set():
-                return
-            self.processes |= {process for process in active_children() if process.name.startswith(WORKER_NAME)}
-            ended = [process.exitcode for process in self.processes if process.exitcode is not None]
-            if not self.failed and any(code < 0 for code in ended):  # by a signal
-                _forget_names([os.getpid(), *(process.pid for process in self.processes)])
-                _end(self.processes)
-            self.failed = bool(ended)
+            if not self.over.is_set() and self._workers():
+                self._end_if_killed()
+
+    def _workers(self) -> set[BaseProcess]:
+        self.processes |= {process for process in active_children() if process.name.startswith(WORKER_NAME)}
+        return self.processes
+
+    def _end_if_killed(self) -> None:
+        ended = [process.exitcode for process in self.processes if process.exitcode is not None]
+        if not self.failed and any(code < 0 for code in ended):  # by a signal
+            _forget_names([os.getpid(), *(process.pid for process in self.processes)])
+            _end(self.processes)
+        self.failed = bool(ended)
 
 
 def _end(processes: Iterable[BaseProcess]) -> None:

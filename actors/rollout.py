@@ -59,7 +59,7 @@ class RolloutEngine:
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if config.vllm_enforce_eager:  # vLLM's sampler would still compile a function: tens of seconds
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it when it is imported
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's import asks torch for that
         self.config, self.index, self.load_weights, self.sleeps = config, index, load_weights, sleeps
         self.offered = config
         self.progress, self.importing = Progress(), asyncio.Lock()
